@@ -1,0 +1,275 @@
+"""Samples from a run of train.py: a labelled grid, a folder of PNGs, or an npz for evaluation.
+
+    python sample.py runs/shapes                                          a grid, one row per class
+    python sample.py runs/cifar10 --num 50000 --classes random --format npz
+    torchrun --nproc_per_node=8 sample.py RUN ...                         the same images, the seeds shared out
+
+Image i depends on its seed alone. A run that was cut off goes on where it stopped when the command is given again.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import sid2
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong flags end like every other bad input: one line, exit code 2."""
+
+    def error(self, message: str):
+        fail(f"{message} (--help lists the flags)")
+
+
+def fail(message: str):
+    """Bad input ends here: one line, exit code 2. All processes see the same input; the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def setup(name: str = "auto") -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device; joins the process group when torchrun has set RANK."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def choose_precision(device: torch.device, precision: str) -> str:
+    """bf16 or fp32; auto is bf16 where the hardware multiplies it."""
+    if precision != "auto":
+        return precision
+    cpu = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16" if cpu or device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+
+
+def autocast(device: torch.device, precision: str):
+    """bf16: autocast around float32 weights; fp32: nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The checkpoint at `path`, or in the run folder `path`. Never executes what it loads."""
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        fail(f"no checkpoint at {path}: give the folder or the checkpoint.pt of a run of train.py")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["config"] = sid2.Config(**state["config"])
+        assert {"net", "ema", "step", "classes"} <= state.keys()
+    except Exception as error:  # torch.load has no narrower common type
+        fail(f"{path} is truncated or no checkpoint of train.py ({type(error).__name__})")
+    return state
+
+
+def to_uint8(x: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8; maps v / 127.5 - 1 back to v for all 256 values."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def schedule(config: sid2.Config, steps: int) -> torch.Tensor:
+    """logsnr at t = 1, 1 - 1/S, ..., 1/S."""
+    t = torch.arange(steps, 0, -1) / steps
+    return sid2.schedule(t, config.image_size, config.noise_low, config.noise_high)[0]
+
+
+def sample_images(net, config: sid2.Config, seeds, labels, device, batch: int = 64, **progress) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 of these seeds and labels, as config's sampling fields say, in batches."""
+    images, logsnr = [], schedule(config, config.sample_steps)
+    with tqdm(total=len(seeds) * len(logsnr), unit="step", leave=False, **progress) as bar:
+        for i in range(0, len(seeds), batch):
+            y = torch.tensor(labels[i : i + batch], device=device)
+            steps = sid2.sample_steps(net, seeds[i : i + batch], y, config.num_classes, logsnr, config.image_size,
+                                      config.sampler, config.gamma, config.guidance if config.num_classes else 1.0,
+                                      config.interval)
+            for _, x_hat in steps:
+                bar.update(len(y))
+            images.append(to_uint8(x_hat))
+    return np.concatenate(images)
+
+
+def choose_labels(seeds, classes: list, num_classes: int) -> list[int]:
+    """Label of each seed: `classes` in turn, or drawn from the seed alone when classes is ["random"]."""
+    if num_classes == 0:
+        return [0] * len(seeds)
+    if classes == ["random"]:
+        return [int(np.random.default_rng([1, seed]).integers(num_classes)) for seed in seeds]
+    return [classes[seed % len(classes)] for seed in seeds]
+
+
+def shown_classes(num_classes: int) -> list[int]:
+    """Up to ten classes for a grid, spread over all."""
+    return list(range(0, num_classes, max(1, num_classes // 10)))[:10] or [0]
+
+
+def grid(images: np.ndarray, labels: list[int], names: list[str]) -> Image.Image:
+    """One row per class, its name on the left; small images enlarged by a whole factor without smoothing."""
+    rows, columns = [], 16
+    for label in sorted(set(labels)):
+        mine = [image for image, other in zip(images, labels) if other == label]
+        rows += [(names[label] if names else "", mine[i : i + columns]) for i in range(0, len(mine), columns)]
+    size = images.shape[1] * max(1, round(64 / images.shape[1]))
+    font = ImageFont.load_default(13)
+    margin = 8 + max(int(font.getlength(name)) for name, _ in rows) if names else 0
+    page = Image.new("RGB", (margin + (size + 2) * max(len(row) for _, row in rows), (size + 2) * len(rows)), "white")
+    for r, (name, row) in enumerate(rows):
+        ImageDraw.Draw(page).text((4, r * (size + 2) + size // 2 - 8), name, "black", font)
+        for c, image in enumerate(row):
+            page.paste(Image.fromarray(image).resize((size, size), Image.NEAREST), (margin + c * (size + 2), r * (size + 2)))
+    return page
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A temporary name beside `path` that takes its place when all has gone well: no reader sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_npz(path: Path, files: list[Path], labels: list[int]):
+    """arr_0 (N, H, W, 3) uint8, arr_1 (N,) int64, in the order of the seeds; one image in memory at a time."""
+    shape = (len(files), *np.asarray(Image.open(files[0])).shape)
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as out:
+            np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
+            for file in files:
+                out.write(np.asarray(Image.open(file)).tobytes())
+        with archive.open("arr_1.npy", "w") as out:
+            np.lib.format.write_array(out, np.asarray(labels))
+
+
+def main():
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("run", help="folder or checkpoint.pt of a run of train.py")
+    parser.add_argument("--out", help="file or folder to write; default: beside the checkpoint")
+    parser.add_argument("--format", choices=["grid", "folder", "npz"], default="grid")
+    parser.add_argument("--num", type=int, help="number of images, seeds 0 to NUM - 1; default: 8 per class shown")
+    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "LAST"), help="in place of --num, both included")
+    parser.add_argument("--classes", nargs="+", help="numbers or names, taken in turn; `all` in turn; or `random`; "
+                        "default: up to ten classes spread over all for a grid, otherwise all")
+    parser.add_argument("--weights", choices=["ema", "raw"], default="ema")
+    parser.add_argument("--steps", type=int, help="default of this and the next four: the run's configuration")
+    parser.add_argument("--sampler", choices=["ddpm", "ddim"])
+    parser.add_argument("--gamma", type=float, help="DDPM noise between lower (0) and upper (1) bound")
+    parser.add_argument("--guidance", type=float, help="scale; 1 is none")
+    parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance where LOW <= logsnr < HIGH")
+    parser.add_argument("--batch", type=int, default=64, help="images at once, per process")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args()
+
+    state = load_checkpoint(args.run)
+    config, names = state["config"], state["classes"]
+    flags = dict(sample_steps=args.steps, sampler=args.sampler, gamma=args.gamma, guidance=args.guidance,
+                 interval=args.interval and tuple(args.interval))
+    try:
+        config = sid2.Config(**{**asdict(config), **{k: v for k, v in flags.items() if v is not None}})
+    except ValueError as error:
+        fail(error)
+    if config.num_classes == 0 and (args.classes or args.guidance not in (None, 1)):
+        fail("this run has no classes: --classes and --guidance need a class-conditional one")
+    if args.batch < 1 or args.num is not None and args.num < 1:
+        fail("--batch and --num must be at least 1")
+
+    shown = shown_classes(config.num_classes)
+    first, last = args.seeds or (0, (args.num or 8 * len(shown)) - 1)
+    if not 0 <= first <= last < 2**32:  # torch's CPU generator keeps 32 bits of a seed
+        fail(f"--seeds must be 0 <= FIRST <= LAST < 2^32, got {first} {last}")
+    everything = list(range(config.num_classes))
+    if args.classes is None:
+        classes = shown if args.format == "grid" else everything
+    elif args.classes in (["all"], ["random"]):
+        classes = everything if args.classes == ["all"] else ["random"]
+    else:
+        numbers = {**{name: i for i, name in enumerate(names)}, **{str(i): i for i in everything}}
+        classes = [numbers.get(c, -1) for c in args.classes]
+        if -1 in classes:
+            fail(f"--classes {args.classes[classes.index(-1)]}: this run has classes 0 to {config.num_classes - 1}: "
+                 + ", ".join(names[:20]) + (", ..." if len(names) > 20 else ""))
+    seeds = list(range(first, last + 1))
+    labels = choose_labels(seeds, classes, config.num_classes)
+
+    checkpoint = Path(args.run) / "checkpoint.pt" if Path(args.run).is_dir() else Path(args.run)
+    out = Path(args.out or checkpoint.parent / {"grid": "samples.png", "folder": "images", "npz": "samples.npz"}[args.format])
+    folder = out if args.format == "folder" else out.with_name(out.name + ".parts")
+    settings = dict(checkpoint=str(checkpoint), step=state["step"], weights=args.weights, seeds=[first, last], classes=classes,
+                    format=args.format, precision=args.precision, torch=torch.__version__, config=asdict(config))
+    settings = json.loads(json.dumps(settings))  # as it will be read back
+    beside = out.with_name(out.name + ".json")
+    before = json.loads(beside.read_text()) if beside.is_file() else None
+    rank, world, device = setup(args.device)
+    if (out.exists() or folder.exists()) and before != settings:
+        changed = [k for k in settings if (before or {}).get(k) != settings[k]]
+        fail(f"{out} was made with other settings ({', '.join(changed)}): give another --out, or remove it")
+    if out.exists() and args.format != "folder":
+        return print(f"{out} is there already, with these settings") if rank == 0 else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(beside) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
+    except OSError as error:
+        fail(f"cannot write to {out}: {error}")
+
+    net = sid2.UViT(config).to(device).eval()
+    try:
+        net.load_state_dict(state["ema" if args.weights == "ema" else "net"])
+    except RuntimeError:
+        fail(f"the weights in {checkpoint} do not fit its configuration: the file is damaged")
+    if rank == 0:
+        print(f"{checkpoint}, step {state['step']}, {args.weights} weights, {len(seeds)} images, {config.sampler} "
+              f"{config.sample_steps} steps, guidance {config.guidance} for logsnr in {list(config.interval)}, {device}")
+
+    files = [folder / f"{seed:06d}.png" for seed in seeds]
+    missing = [i for i in range(rank, len(files), world) if not files[i].exists()]
+    with autocast(device, choose_precision(device, args.precision)):
+        for i in range(0, len(missing), args.batch):
+            part = missing[i : i + args.batch]
+            images = sample_images(net, config, [seeds[j] for j in part], [labels[j] for j in part], device, args.batch,
+                                   desc=f"{i}/{len(missing)}", disable=rank > 0)
+            for j, image in zip(part, images):
+                with replacing(files[j]) as temporary:
+                    Image.fromarray(image).save(temporary, "PNG")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0 and args.format != "folder":
+        with replacing(out) as temporary:
+            if args.format == "npz":
+                write_npz(temporary, files, labels)
+            else:
+                grid(np.stack([np.asarray(Image.open(file)) for file in files]), labels, names).save(temporary, "PNG")
+        shutil.rmtree(folder)
+    if rank == 0:
+        print(f"wrote {out} and {beside}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1015 @@
+"""The method as true sentences, in the order of sid2.py; then the scripts, run end to end. CPU only, no download.
+
+    python -m pytest
+
+SID2_IMAGES=FOLDER lets the last tests use real images; without it they skip and say so.
+"""
+
+import ast
+import builtins
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tokenize
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import sample
+import sid2
+import train
+
+ROOT = Path(__file__).parent
+SOURCE = (ROOT / "sid2.py").read_text()
+PAPER = list(sid2.PUBLISHED)
+TINY = sid2.Config(8, 1, (8, 16), "RT", depth=1, middle=1, width=16, head_width=8, dropout=0.0, num_classes=3,
+                   noise_high=32, bias=1.0, steps=4, batch=8, lr=1e-2, warmup=2, sample_steps=3)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shaken(config=TINY, seed=0, scale=0.3):
+    """A network without zero layers: every parameter is random, so that every line of it matters."""
+    torch.manual_seed(seed)
+    net = sid2.UViT(config).eval()
+    for p in net.parameters():
+        p.data += scale * torch.randn_like(p)
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Configuration
+
+
+def test_every_constant_says_where_it_comes_from():
+    """A number of more than structural meaning carries a tag on its line, in the docstring, or in the comment above."""
+    tag = re.compile(r"\[(SiD2\*?|SD|VDM|VDM\+\+|MCM|GI|derived|ours)\]")
+    lines, untagged = SOURCE.splitlines(), []
+    explained = {m.group(1) for m in re.finditer(r"^    \[(\S+)\]", SOURCE, re.M)}
+    assert {m.group(1) for m in tag.finditer(SOURCE)} <= explained
+    for token in tokenize.generate_tokens(io.StringIO(SOURCE.split("# 7. `python")[0]).readline):
+        if token.type == tokenize.NUMBER and float(token.string) not in (0, 0.5, 1, 2, 3):
+            n = token.start[0] - 1
+            above = max(i for i in range(n + 1) if re.match(r"(class|def|[A-Z]+ = )", lines[i]))
+            if not tag.search(lines[n]) and not tag.search("\n".join(lines[above - 4 : n])):
+                untagged.append(f"{n + 1}: {lines[n]}")
+    assert not untagged
+
+
+def test_every_field_of_the_configuration_is_explained():
+    for line in SOURCE.split("class Config")[1].split("def __post_init__")[0].splitlines():
+        assert not re.match(r"    \w+: ", line) or "  # " in line, line
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_presets_are_the_papers_networks(name):
+    """Blocks alone, by closed formulas, give the published GMAC; all parameters and operations are counted on meta."""
+    config, (gmac, parameters, _) = sid2.PRESETS[name], sid2.PUBLISHED[name]
+    blocks = 0
+    for level, (C, kind) in enumerate(zip(config.channels, config.blocks)):
+        N = (config.image_size // config.patch_size >> level) ** 2
+        count = config.middle if level == len(config.channels) - 1 else 2 * config.depth
+        blocks += count * (18 * C * C * N if kind == "R" else 12 * C * C * N + 2 * N * N * C) / 1e9
+    counted_parameters, counted = sid2.count(config)
+    assert blocks == pytest.approx(gmac, rel=0.005)
+    assert blocks < counted < 1.01 * blocks
+    assert counted_parameters / 1e6 == pytest.approx(parameters, rel=0.01)
+
+
+def test_paper_presets_hold_the_papers_hyperparameters():
+    rows = {name: sid2.PRESETS[name] for name in PAPER}
+    assert [c.bias for c in rows.values()] == [2, 0, -1, -1, -3, -3]
+    assert [c.patch_size for c in rows.values()] == [1, 1, 2, 1, 4, 2]
+    for c in rows.values():
+        assert (c.noise_low, c.noise_high) == (32, c.image_size)
+        assert (c.depth, c.middle, c.width, c.dropout, c.num_classes) == (3, 16, 1024, 0.1, 1000)
+        assert (c.lr, c.warmup, c.ema, c.batch, c.label_dropout) == (1e-4, 10_000, 0.9999, 2048, 0.1)
+        assert (c.sampler, c.sample_steps, c.gamma) == ("ddpm", 512, 0.2)
+
+
+def test_the_guidance_interval_is_the_cited_one():
+    """Noise sigma of variance-exploding notation in (0.28, 2.90] is logsnr = -2 log sigma in [-2.13, 2.55)."""
+    low, high = sid2.PRESETS["imagenet512_p2"].interval
+    assert low == pytest.approx(-2 * math.log(2.90), abs=5e-3) and high == pytest.approx(-2 * math.log(0.28), abs=5e-3)
+
+
+@pytest.mark.parametrize("change", [
+    dict(image_size=9), dict(blocks="R"), dict(blocks="RX"), dict(head_width=7), dict(width=15), dict(dropout=1.5),
+    dict(gamma=-0.1), dict(sampler="euler"), dict(interval=(1.0, -1.0)), dict(interval=(1.0,)), dict(lr=0.0), dict(steps=0),
+    dict(batch=0), dict(channels=(8, -16)), dict(channels=()), dict(num_classes=-1), dict(bias=math.nan), dict(patch_size=0),
+    dict(guidance=math.inf), dict(noise_low=0)])
+def test_impossible_configurations_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        replace(TINY, **change)
+
+
+def test_the_table_of_presets_names_them_all(capsys):
+    sid2.main()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in sid2.PRESETS)
+    assert re.search(r"imagenet512_p2 .*400\.1 .*656\.4.*653 .*-3 .*512 px .*1\.48", printed)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Noise process
+
+T = torch.linspace(0, 1, 201)
+EXTREMES = torch.tensor([-20.0, -10, -1, 0, 3, 10, 18, 25])
+
+
+def test_the_schedule_runs_from_plus_ten_to_minus_ten_plus_its_shifts():
+    for size, low, high in [(64, 64, 64), (512, 32, 512), (16, 32, 32), (128, 32, 128)]:
+        logsnr, _ = sid2.schedule(T, size, low, high)
+        shift_low, shift_high = 2 * math.log(low / size), 2 * math.log(high / size)
+        assert logsnr[0].item() == pytest.approx(10 + shift_high, abs=1e-4)
+        assert logsnr[-1].item() == pytest.approx(-10 + shift_low, abs=1e-3)
+        assert logsnr[100].item() == pytest.approx((shift_low + shift_high) / 2, abs=1e-5)
+        assert logsnr.isfinite().all() and (logsnr.diff() < 0).all()
+    cosine = sid2.schedule(torch.tensor([0.25]), 64, 64, 64)[0]
+    angle = math.atan(math.exp(-5)) + 0.25 * (math.atan(math.exp(5)) - math.atan(math.exp(-5)))
+    assert cosine.item() == pytest.approx(-2 * math.log(math.tan(angle)), rel=1e-6)
+
+
+def test_the_slope_is_the_derivative():
+    t = T[1:-1].clone().requires_grad_()
+    for size, low, high in [(64, 64, 64), (512, 32, 512)]:
+        logsnr, slope = sid2.schedule(t, size, low, high)
+        (derivative,) = torch.autograd.grad(logsnr.sum(), t)
+        torch.testing.assert_close(slope, derivative, rtol=1e-4, atol=1e-4)
+    assert sid2.schedule(T, 512, 32, 512)[1].isfinite().all()
+
+
+def test_the_shift_is_average_pooling():
+    """The argument that fixes sign and size of the shift: pooling 2x2 quarters the noise variance, +log 4 in logsnr."""
+    at_128, at_64 = sid2.schedule(T, 128, 64, 64)[0], sid2.schedule(T, 64, 64, 64)[0]
+    torch.testing.assert_close(at_128 + math.log(4), at_64, rtol=1e-5, atol=1e-5)
+    logsnr = at_128[100]
+    pooled = F.avg_pool2d(sid2.diffuse(torch.zeros(64, 3, 128, 128), normal(64, 3, 128, 128), logsnr), 2)
+    alpha, _ = sid2.alpha_sigma(logsnr)
+    assert 2 * math.log(alpha.item() / pooled.std().item()) == pytest.approx(at_64[100].item(), abs=0.01)
+
+
+def test_the_process_is_float32_under_autocast():
+    """In bfloat16 logsnr is wrong by more than a nat."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logsnr, slope = sid2.schedule(T.bfloat16(), 64, 32, 64)
+        z = sid2.diffuse(normal(201, 3, 4, 4), normal(201, 3, 4, 4, seed=1), logsnr)
+    assert {logsnr.dtype, slope.dtype, z.dtype, *(a.dtype for a in sid2.alpha_sigma(logsnr.bfloat16()))} == {torch.float32}
+    t = torch.linspace(0, 1, 100_001)
+    u_0, u_1 = math.atan(math.exp(-5)), math.atan(math.exp(5))
+    low_precision = -2 * torch.log(torch.tan(u_0 + t.bfloat16() * (u_1 - u_0)))
+    assert 1.2 < (low_precision.float() - sid2.schedule(t, 64, 64, 64)[0]).abs().max() < 1.4
+
+
+def test_alpha_and_sigma_are_exact_at_the_extremes():
+    """alpha² + sigma² = 1 and log alpha²/sigma² = logsnr; sqrt(1 - alpha²) would be 0 from logsnr 18 up."""
+    alpha, sigma = (a.double().squeeze() for a in sid2.alpha_sigma(EXTREMES))
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(8).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(2 * torch.log(alpha / sigma), EXTREMES.double(), rtol=1e-6, atol=1e-6)
+    assert (1 - sid2.alpha_sigma(EXTREMES[6:])[0].square() == 0).all()
+
+
+def test_x_and_eps_come_back_from_v():
+    x, eps = normal(8, 3, 4, 4), normal(8, 3, 4, 4, seed=1)
+    z, v = sid2.diffuse(x, eps, EXTREMES), sid2.v_from_x_eps(x, eps, EXTREMES)
+    alpha, sigma = EXTREMES.sigmoid().sqrt(), (-EXTREMES).sigmoid().sqrt()
+    torch.testing.assert_close(z, torch.einsum("b,b...->b...", alpha, x) + torch.einsum("b,b...->b...", sigma, eps))
+    torch.testing.assert_close(sid2.x_from_v(z, v, EXTREMES), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sid2.eps_from_v(z, v, EXTREMES), eps, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Loss
+
+
+def test_the_loss_seen_from_x_eps_and_v_is_one_loss():
+    """½ (-dlogsnr/dt) times sigmoid(b - l) |d eps|² = e^b sigmoid(l - b) |d x|² = e^b sigmoid(l - b) sigmoid(-l) |d v|²."""
+    b, (logsnr, slope) = -3.0, sid2.schedule(T[20:180:20], 512, 32, 512)
+    x, eps, v_hat = (normal(8, 3, 4, 4, seed=i) for i in range(3))
+    z, v = sid2.diffuse(x, eps, logsnr), sid2.v_from_x_eps(x, eps, logsnr)
+    error = lambda a, a_hat: (a - a_hat).square().mean((1, 2, 3))
+    loss = sid2.sigmoid_loss(v_hat, v, logsnr, slope, b)
+    from_eps = -slope / 2 * torch.sigmoid(b - logsnr) * error(eps, sid2.eps_from_v(z, v_hat, logsnr))
+    from_x = -slope / 2 * math.exp(b) * torch.sigmoid(logsnr - b) * error(x, sid2.x_from_v(z, v_hat, logsnr))
+    from_v = -slope / 2 * math.exp(b) * torch.sigmoid(logsnr - b) * torch.sigmoid(-logsnr) * error(v, v_hat)
+    for other in (from_eps, from_x, from_v):
+        torch.testing.assert_close(loss, other, rtol=2e-4, atol=0)
+    assert loss.shape == (8,) and (loss > 0).all()
+
+
+def test_the_expected_loss_depends_on_the_schedule_through_its_ends_only():
+    """With an error of 1 in eps the loss integrates to ½ (softplus(b - l_1) - softplus(b - l_0)), for any path between
+    the ends. Without -dlogsnr/dt the two paths below differ by far."""
+    b, N, values = 2.0, 20_001, []
+    t = torch.linspace(0, 1, N)
+    straight = 10 - 20 * t, torch.full((N,), -20.0)
+    for logsnr, slope in (sid2.schedule(t, 64, 64, 64), straight):
+        v_error = torch.sigmoid(logsnr).rsqrt()[:, None, None, None]  # d eps = alpha d v = 1
+        values.append(torch.trapezoid(sid2.sigmoid_loss(v_error, torch.zeros(N, 1, 1, 1), logsnr, slope, b).double(), t.double()))
+    exact = 0.5 * (math.log1p(math.exp(12)) - math.log1p(math.exp(-8)))
+    assert [float(v) for v in values] == pytest.approx([exact, exact], rel=1e-4)
+
+
+def test_the_loss_is_float32_and_a_mean_over_pixels():
+    v_hat, v = normal(2, 3, 8, 8).bfloat16(), normal(2, 3, 8, 8, seed=1)
+    loss = sid2.sigmoid_loss(v_hat, v, torch.zeros(2), torch.full((2,), -4.0), 0.0)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, 0.5 * 4 * 0.5 * 0.5 * (v_hat.float() - v).square().flatten(1).mean(1))
+
+
+def test_times_cover_the_interval_evenly_whatever_the_number_of_processes():
+    batch, u = 64, 0.7391
+    whole = sid2.low_discrepancy_times(torch.arange(batch), batch, u)
+    shares = torch.cat([sid2.low_discrepancy_times(torch.arange(r * 16, r * 16 + 16), batch, u) for r in range(4)])
+    assert torch.equal(whole, shares) and (whole >= 0).all() and (whole < 1).all()
+    torch.testing.assert_close(whole.sort().values.diff(), torch.full((batch - 1,), 1 / batch), rtol=1e-4, atol=1e-6)
+    assert whole[0].item() == pytest.approx(u) and whole[32].item() == pytest.approx(u - 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Network
+
+
+def test_a_fresh_trunk_is_the_identity_bit_for_bit():
+    """And the head answers zero: training starts from the mean of v, not from noise."""
+    for config in (TINY, replace(TINY, blocks="TT"), replace(TINY, channels=(8, 16, 16), blocks="RRT")):
+        net = sid2.UViT(config)
+        h, c = normal(2, 8, 8, 8), normal(2, 16)
+        assert torch.equal(net.trunk(h, c), h)
+        assert torch.equal(net(normal(2, 3, 8, 8), torch.zeros(2), torch.zeros(2).long()), torch.zeros(2, 3, 8, 8))
+        assert not torch.equal(shaken(config).trunk(h, c), h)
+
+
+def test_the_skip_carries_what_the_level_below_has_changed():
+    """h = high + up(h - low), spelt out for one level."""
+    net, h, c = shaken(), normal(2, 8, 8, 8), normal(2, 16)
+    high = net.blocks_down[0][0](h, c)
+    pooled = high.reshape(2, 4, 2, 4, 2, 8).mean((2, 4))
+    low = pooled @ net.down[0].project.weight.T + net.down[0].project.bias + net.down[0].position
+    changed = (net.middle[0](low, c) - low) @ net.up[0].project.weight.T
+    expected = net.blocks_up[0][0](high + changed.repeat_interleave(2, 1).repeat_interleave(2, 2), c)
+    torch.testing.assert_close(net.trunk(h, c), expected)
+    assert net.up[0].project.bias is None
+
+
+def test_a_residual_block_is_its_formula():
+    block = shaken().blocks_down[0][0]
+    h, c, (scale, shift) = normal(2, 5, 5, 8), normal(2, 16), block.film(normal(2, 16))[:, None, None].chunk(2, -1)
+    norm = lambda h, gain: h / h.square().mean(-1, keepdim=True).sqrt() * gain
+    conv = lambda h, layer: F.conv2d(h.movedim(3, 1), layer.weight, layer.bias, padding=1).movedim(1, 3)
+    r = conv(F.silu(norm(h, block.norm1.gain)), block.conv1)
+    r = conv(F.silu(norm(r, block.norm2.gain) * (1 + scale) + shift), block.conv2)
+    torch.testing.assert_close(block(h, c), h + r, rtol=1e-4, atol=1e-4)
+
+
+def test_a_transformer_block_is_its_formula():
+    """MLP before attention; q and k normalised per head; c in the hidden layer of the MLP only."""
+    block = shaken().middle[0]
+    h, c = normal(2, 3, 3, 16), normal(2, 16)
+    scale, shift = block.film(c)[:, None, None].chunk(2, -1)
+    norm = lambda h, gain: h / h.square().mean(-1, keepdim=True).sqrt() * gain
+    m = h + block.mlp_out(F.silu(block.mlp_in(norm(h, block.norm_mlp.gain))) * (1 + scale) + shift)
+    q, k, v = block.qkv(norm(m, block.norm_attention.gain)).reshape(2, 9, 3, 2, 8).unbind(2)
+    q, k = norm(q, block.norm_q.gain), norm(k, block.norm_k.gain)
+    attention = torch.einsum("bihd,bjhd->bhij", q, k).div(math.sqrt(8)).softmax(-1)
+    r = torch.einsum("bhij,bjhd->bihd", attention, v).reshape(2, 3, 3, 16)
+    torch.testing.assert_close(block(h, c), m + block.attention_out(r), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_goes_through_torchs_kernel(monkeypatch):
+    calls, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape) or real(*a, **k))
+    shaken()(normal(2, 3, 8, 8), torch.zeros(2), torch.zeros(2).long())
+    assert calls == [(2, 2, 16, 8)]
+
+
+def test_the_condition_tells_noise_levels_and_classes_apart():
+    """Neighbouring steps of a 512-step sampler, and the null class, get vectors of their own."""
+    condition = sid2.Condition(64, 3)
+    logsnr, y = torch.tensor([0.0, 0.04, 0.0, 0.0]), torch.tensor([0, 0, 1, 3])
+    c = condition(logsnr, y)
+    assert all((c[0] - other).abs().max() > 1e-3 for other in c[1:])
+    frequency = torch.logspace(3, -1, 32)
+    s = torch.cat([(0.5 * frequency).sin(), (0.5 * frequency).cos()])
+    torch.testing.assert_close(c[0], F.silu(condition.dense2(F.silu(condition.dense1(s))) + condition.label.weight[0]))
+
+
+def test_no_parameter_is_dead():
+    """Zero layers wake one after the other: after three steps every parameter has a gradient and has moved."""
+    for config in (TINY, replace(TINY, num_classes=0, blocks="TT", patch_size=2)):
+        torch.manual_seed(0)
+        net = sid2.UViT(config)
+        before, optimizer = [p.clone() for p in net.parameters()], torch.optim.Adam(net.parameters(), 1e-2)
+        y = torch.arange(8) % (config.num_classes + 1)
+        for step in range(4):
+            optimizer.zero_grad()
+            (net(normal(8, 3, 8, 8, seed=step), normal(8), y) - normal(8, 3, 8, 8, seed=9)).square().mean().backward()
+            optimizer.step()
+        for (name, p), old in zip(net.named_parameters(), before):
+            assert p.grad.abs().max() > 0 and not torch.equal(p, old), name
+
+
+def test_no_example_sees_its_batch_neighbours():
+    net, z, logsnr, y = shaken(), normal(4, 3, 8, 8), normal(4), torch.tensor([0, 1, 2, 3])
+    together = net(z, logsnr, y)
+    for i in range(4):
+        torch.testing.assert_close(together[i], net(z[i : i + 1], logsnr[i : i + 1], y[i : i + 1])[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], net(z, logsnr, y + torch.tensor([1, 0, 0, 0]))[0], atol=1e-3)
+    assert not torch.allclose(together[0], net(z, logsnr + torch.tensor([1, 0, 0, 0]), y)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_any_patch_size_keeps_pixels_in_place(patch):
+    """With linear patch layers that undo each other and a fresh trunk, the network would return its input."""
+    config = replace(TINY, image_size=16, patch_size=patch, channels=(3 * patch**2, 8))
+    net, z = sid2.UViT(config), normal(2, 3, 16, 16)
+    torch.nn.init.eye_(net.embed.weight), torch.nn.init.zeros_(net.embed.bias), torch.nn.init.eye_(net.head.weight)
+    patches = F.unfold(z, patch, stride=patch).transpose(1, 2)  # (B, N, 3 p²)
+    expected = F.silu(patches / patches.square().mean(-1, keepdim=True).sqrt()).transpose(1, 2)
+    expected = F.fold(expected, 16, patch, stride=patch)
+    torch.testing.assert_close(net(z, torch.zeros(2), torch.zeros(2).long()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_position_embedding_stands_where_transformers_begin():
+    names = lambda blocks, C: [n for n, _ in sid2.UViT(replace(TINY, blocks=blocks, channels=C)).named_parameters() if "position" in n]
+    assert names("RT", (8, 16)) == ["down.0.position"] and names("TT", (8, 16)) == ["position"]
+    assert names("RTT", (8, 16, 16)) == ["down.0.position"] and names("RR", (8, 16)) == []
+    assert sid2.UViT(replace(TINY, image_size=64)).down[0].position.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_dropout_acts_in_transformer_blocks_and_in_training_only():
+    net, z, y = shaken(replace(TINY, dropout=0.5)), normal(2, 3, 8, 8), torch.zeros(2).long()
+    assert [type(m).__name__ for m in net.modules() if any(isinstance(k, torch.nn.Dropout) for k in m.children())] == ["TransformerBlock"]
+    assert torch.equal(net(z, torch.zeros(2), y), net(z, torch.zeros(2), y))
+    net.train()
+    assert not torch.equal(net(z, torch.zeros(2), y), net(z, torch.zeros(2), y))
+
+
+def test_checkpointing_changes_memory_and_nothing_else(monkeypatch):
+    calls, real, gradients = [], sid2.checkpoint, []
+    monkeypatch.setattr(sid2, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
+    for checkpointing in (False, True):
+        net = shaken().train()
+        net.checkpointing = checkpointing
+        net(normal(2, 3, 8, 8), torch.zeros(2), torch.zeros(2).long()).square().sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    assert len(calls) == 3 and all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_bfloat16_autocast_keeps_activations_small_and_the_answer_close():
+    """A norm that returned float32 would promote the whole residual stream."""
+    net, seen = shaken(scale=0.1), []
+    for module in net.modules():
+        if isinstance(module, (sid2.RMSNorm, sid2.ResBlock, sid2.TransformerBlock, sid2.Down)):
+            module.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    z, logsnr, y = normal(2, 3, 8, 8), torch.zeros(2), torch.zeros(2).long()
+    exact = net(z, logsnr, y)
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        close = net(z, logsnr, y)
+    assert set(seen) == {torch.bfloat16} and close.dtype == torch.float32
+    assert (close - exact).norm() / exact.norm() < 0.03
+
+
+def test_compiling_in_place_gives_one_graph_and_leaves_the_names():
+    net = shaken()
+    before, z = set(net.state_dict()), (normal(2, 3, 8, 8), torch.zeros(2), torch.zeros(2).long())
+    eager = net(*z)
+    net.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(net(*z), eager, rtol=1e-4, atol=1e-4)
+    assert set(net.state_dict()) == before
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Sampler
+
+
+def exact_net(mean, variance):
+    """The best possible v_hat when every pixel of the data is N(mean[y], variance)."""
+    mean = torch.as_tensor(mean)
+
+    def net(z, logsnr, y):
+        alpha, sigma = sid2.alpha_sigma(logsnr)
+        m = mean[y][:, None, None, None]
+        x_hat = m + alpha * variance / (alpha**2 * variance + sigma**2) * (z - alpha * m)
+        return (alpha * z - x_hat) / sigma
+    return net
+
+
+def logsnr_grid(S, size=32, low=32, high=32):
+    return sid2.schedule(torch.arange(S, 0, -1) / S, size, low, high)[0]
+
+
+def draw(net, seeds, labels, S, null=9, size=4, **kwargs):
+    return sid2.sample(net, seeds, torch.tensor(labels), null, logsnr_grid(S), size, **kwargs)
+
+
+def test_a_ddpm_step_is_the_gaussian_posterior():
+    """gamma = 0 is q(z_s | z_t, x), found here by conditioning two Gaussians, in float64; gamma = 1 has the variance of
+    q(z_t | z_s) scaled by (alpha_s / alpha_t)²... of the reverse step for white data; between them, geometric."""
+    l_t, l_s, z, x = torch.tensor(-1.3), torch.tensor(0.4), normal(1, 3, 2, 2), normal(1, 3, 2, 2, seed=1)
+    a_t, s_t = (1 / (1 + math.exp(1.3))) ** 0.5, (1 / (1 + math.exp(-1.3))) ** 0.5
+    a_s, s_s = (1 / (1 + math.exp(-0.4))) ** 0.5, (1 / (1 + math.exp(0.4))) ** 0.5
+    a = a_t / a_s  # z_t = a z_s + sqrt(v) eps
+    v = s_t**2 - a**2 * s_s**2
+    gain = a * s_s**2 / s_t**2
+    mean, variance = a_s * x + gain * (z - a_t * x), s_s**2 - gain * a * s_s**2
+    zero, one = torch.zeros_like(z), torch.ones_like(z)
+    torch.testing.assert_close(sid2.ddpm_step(z, x, l_t, l_s, 0.0, zero), mean, rtol=1e-5, atol=1e-6)
+    for gamma, expected in [(0.0, variance), (1.0, v), (0.5, (variance * v) ** 0.5)]:
+        spread = sid2.ddpm_step(z, x, l_t, l_s, gamma, one) - sid2.ddpm_step(z, x, l_t, l_s, gamma, zero)
+        torch.testing.assert_close(spread, math.sqrt(expected) * one, rtol=1e-5, atol=1e-6)
+
+
+def test_ddpm_keeps_the_marginals_of_gaussian_data():
+    """Exactly, in steps of any size: with gamma = 1 for standard normal data, with gamma = 0 for a single point."""
+    for S in (1, 3, 10):
+        grid = logsnr_grid(S)
+        for variance, gamma in ((1.0, 1.0), (0.0, 0.0)):
+            mean_z, var_z = torch.tensor(0.0), torch.tensor(1.0)
+            point = torch.tensor(0.5) if variance == 0 else torch.tensor(0.0)
+            mean_z, var_z = sid2.alpha_sigma(grid[0])[0].squeeze() * point, 1 - (1 - variance) * sid2.alpha_sigma(grid[0])[0].squeeze() ** 2
+            for l_t, l_s in zip(grid, grid[1:]):
+                net = exact_net([point.item()], variance)
+                y = torch.zeros(1, dtype=torch.long)
+                step = lambda z, n: sid2.ddpm_step(z, sid2.x_from_v(z, net(z, l_t.expand(1), y), l_t), l_t, l_s, gamma, n)
+                O = torch.zeros(1, 1, 1, 1)
+                offset, slope, spread = (f.item() for f in (step(O, O), step(O + 1, O) - step(O, O), step(O, O + 1) - step(O, O)))
+                mean_z, var_z = offset + slope * mean_z, slope**2 * var_z + spread**2
+                alpha, sigma = (a.squeeze() for a in sid2.alpha_sigma(l_s))
+                torch.testing.assert_close(mean_z, alpha * point, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(var_z, alpha**2 * variance + sigma**2, rtol=1e-3, atol=1e-4)
+
+
+def test_small_steps_keep_their_noise():
+    """1 - r at a step of 1e-4 nats: right to six digits, where 1 - exp(...) keeps four."""
+    l_t, l_s, O = torch.tensor(0.0), torch.tensor(1e-4), torch.zeros(1, 1, 1, 1)
+    variance = sid2.ddpm_step(O, O, l_t, l_s, 0.0, O + 1).item() ** 2
+    assert variance == pytest.approx(-math.expm1(-float(l_s)) / (1 + math.exp(float(l_s))), rel=2e-6)
+
+
+def test_ddim_is_of_first_order():
+    """Against the exact solution for Gaussian data, z_s = z_t std_s / std_t: four times the steps, a quarter the error."""
+    variance = 0.04
+    std = lambda l: (torch.sigmoid(l) * variance + torch.sigmoid(-l)).sqrt().item()
+    errors = []
+    for S in (32, 128, 512):
+        steps = list(sid2.sample_steps(exact_net([0.0], variance), [0], torch.tensor([0]), 1, logsnr_grid(S), 4, "ddim"))
+        k = 3 * S // 4  # at t = 1/4
+        exact = steps[0][0] * std(logsnr_grid(S)[k]) / std(logsnr_grid(S)[0])
+        errors.append((steps[k][0] - exact).abs().max().item())
+    assert 3.5 < errors[0] / errors[1] < 4.5 and 3.5 < errors[1] / errors[2] < 4.5
+
+
+def test_both_samplers_draw_gaussian_data_from_the_exact_network():
+    """Mean and spread of the data come back, through the whole loop."""
+    for kwargs, tolerance in ((dict(sampler="ddim"), 0.01), (dict(gamma=0.0), 0.02), (dict(gamma=1.0), 0.02)):
+        x = draw(exact_net([0.3, -0.4], 0.01), list(range(64)), [0, 1] * 32, 128, size=8, **kwargs)
+        assert x[::2].mean().item() == pytest.approx(0.3, abs=0.005) and x[1::2].mean().item() == pytest.approx(-0.4, abs=0.005)
+        assert x[::2].std().item() == pytest.approx(0.1, abs=tolerance)
+
+
+@pytest.mark.parametrize("S", [1, 2, 7])
+def test_any_number_of_steps_finds_a_single_point(S):
+    for sampler in ("ddpm", "ddim"):
+        x = draw(exact_net([0.25], 0.0), [5], [0], S, sampler=sampler)
+        torch.testing.assert_close(x, torch.full((1, 3, 4, 4), 0.25), rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_step_returns_x_hat_and_every_x_hat_is_clipped():
+    steps = list(sid2.sample_steps(exact_net([3.0], 1.0), [0], torch.tensor([0]), 1, logsnr_grid(6), 4))
+    assert len(steps) == 6 and all(x_hat.abs().max() <= 1 for _, x_hat in steps)
+    assert any((x_hat == 1).any() for _, x_hat in steps)
+    assert torch.equal(draw(exact_net([3.0], 1.0), [0], [0], 6), steps[-1][1])
+    (_, x_one), = sid2.sample_steps(exact_net([0.1], 0.04), [0], torch.tensor([0]), 1, logsnr_grid(1), 4)
+    z = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))[None]
+    torch.testing.assert_close(x_one, sid2.x_from_v(z, exact_net([0.1], 0.04)(z, logsnr_grid(1), torch.tensor([0])), logsnr_grid(1)))
+
+
+def test_the_clipped_x_hat_is_what_the_next_step_uses():
+    steps = list(sid2.sample_steps(exact_net([3.0], 1.0), [7], torch.tensor([0]), 1, logsnr_grid(5), 4, "ddim"))
+    for i in range(4):
+        (z, x_hat), l = steps[i], logsnr_grid(5)
+        torch.testing.assert_close(steps[i + 1][0], sid2.ddim_step(z, x_hat, l[i], l[i + 1]))
+
+
+def test_guidance_extrapolates_from_the_null_class():
+    """x_null + w (x_y - x_null): with one point per class, at scale w, the sample is that combination of points."""
+    net = exact_net([0.1, 0.2, -0.1], 0.0)
+    for w in (0.0, 0.5, 2.0, 3.0):
+        x = draw(net, [0, 1], [0, 1], 4, null=2, guidance=w)
+        assert x[0].mean().item() == pytest.approx(-0.1 + w * 0.2, abs=1e-4)
+        assert x[1].mean().item() == pytest.approx(-0.1 + w * 0.3, abs=1e-4)
+
+
+def test_guidance_costs_a_second_pass_inside_its_interval_only():
+    """Exactly S (1 + f) passes for a fraction f of guided steps; the lower end belongs to the interval, the upper does not."""
+    S, passes = 10, []
+    grid = logsnr_grid(S)
+
+    def net(z, logsnr, y):
+        passes.append((len(z), logsnr[0].item(), y.tolist()))
+        return torch.zeros_like(z)
+
+    def cost(**kwargs):
+        passes.clear()
+        draw(net, [0, 1], [4, 5], S, **kwargs)
+        assert [l for _, l, _ in passes] == pytest.approx(grid.tolist())
+        return sum(n for n, _, _ in passes) / 2
+
+    assert cost() == cost(guidance=1.0) == cost(guidance=3.0, interval=(50, 60)) == S
+    assert cost(guidance=3.0) == cost(guidance=0.0) == 2 * S
+    assert cost(guidance=3.0, interval=(grid[3].item(), grid[7].item())) == S + 4
+    assert [n == 4 for n, _, _ in passes] == [3 <= i < 7 for i in range(S)]
+    assert [y for n, _, y in passes if n == 4] == [[4, 5, 9, 9]] * 4 and passes[0][2] == [4, 5]
+
+
+def test_image_i_depends_on_seed_i_alone():
+    """In every step, for any batch and any company; and each step has noise of its own."""
+    net = exact_net([0.0, 0.3, -0.2], 0.05)
+    one_batch = list(sid2.sample_steps(net, [3, 1, 4, 1], torch.tensor([0, 1, 2, 1]), 9, logsnr_grid(5), 4))
+    for seed, label, i in ((3, 0, 0), (4, 2, 2)):
+        alone = list(sid2.sample_steps(net, [seed], torch.tensor([label]), 9, logsnr_grid(5), 4))
+        for (z, x), (z_i, x_i) in zip(one_batch, alone):
+            torch.testing.assert_close(z[i], z_i[0]), torch.testing.assert_close(x[i], x_i[0])
+    assert torch.equal(one_batch[-1][1][1], one_batch[-1][1][3]) and not torch.equal(one_batch[0][0][0], one_batch[0][0][1])
+    torch.testing.assert_close(one_batch[0][0][0], torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(3)))
+    grid, noises = logsnr_grid(5), []
+    for i in range(4):
+        (z, x), step = one_batch[i], lambda n: sid2.ddpm_step(*one_batch[i], grid[i], grid[i + 1], 0.2, n)
+        noises.append((one_batch[i + 1][0] - step(0 * z)) / (step(0 * z + 1) - step(0 * z)))
+    assert all((a - b).abs().mean() > 0.5 for i, a in enumerate(noises) for b in noises[:i])
+    assert torch.stack(noises).std().item() == pytest.approx(1, abs=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. Averaging
+
+
+def test_the_average_starts_fast_and_ends_at_its_decay():
+    """decay min(d, (1 + n) / (10 + n)): 0.1, 2/11, ... then d."""
+    net, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    average.weight.data.zero_()
+    net.weight.data.fill_(1.0)
+    value = 0.0
+    for n in range(100):
+        sid2.ema_update(average, net, n, 0.9)
+        d = min(0.9, (1 + n) / (10 + n))
+        value = d * value + (1 - d)
+        assert average.weight.item() == pytest.approx(value, rel=1e-5)
+    sid2.ema_update(average, torch.nn.Linear(1, 1, bias=False), 0, 1.0)
+    assert average.weight.item() != pytest.approx(value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. The file, read as a text
+
+
+def test_each_section_needs_only_the_sections_above_it():
+    """Reading order is copying order: every name a section uses is torch's, its own, or stands above."""
+    head, *sections = re.split(r"^# -{99}\n(?=# \d\.)", SOURCE, flags=re.M)
+    assert [s[:4] for s in sections] == [f"# {i}." for i in range(1, 8)]
+    known, pasted = {"__name__"}, ""
+    for text in [head, *sections]:
+        pasted += text
+        exec(compile(pasted, "pasted", "exec"), {"__name__": "pasted"})
+        tree = ast.parse(text)
+        bound = {n.asname or n.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for n in node.names}
+        bound |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        bound |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+        bound |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        known |= bound
+        assert not used - known - set(dir(builtins)), text[:60]
+
+
+def test_schedule_and_loss_can_be_taken_alone():
+    head, _, process, loss, *_ = re.split(r"^# -{99}\n(?=# \d\.)", SOURCE, flags=re.M)
+    namespace = {}
+    exec(head.split("from torch.utils")[0] + process + loss, namespace)
+    assert "sigmoid_loss" in namespace and "Config" not in namespace
+
+
+def test_the_module_stays_short():
+    assert len(SOURCE.splitlines()) <= 500
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8. Scripts
+
+
+def flags_of(config=TINY, **changes):
+    """The command line that makes `config`."""
+    flags = []
+    for key, value in (asdict(config) | changes).items():
+        if key == "num_classes":
+            continue
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            flags += [f"--{flag}" if value else f"--no-{flag}"]
+        else:
+            flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return flags
+
+
+def run(script, *flags):
+    """Runs the script's main in this process: exit code and what it wrote."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, code = [script.__file__, *map(str, flags)], 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            script.main()
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
+
+
+def fit(out, *flags, config=TINY, **changes):
+    """A finished run of train.py on the CPU: its checkpoint."""
+    code, printed, err = run(train, "--out", out, "--device", "cpu", "--precision", "fp32", *flags_of(config, **changes), *flags)
+    assert code == 0, err
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True), printed
+
+
+def torchrun(script, *flags, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+               "--standalone", str(ROOT / script), *map(str, flags)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def same(a, b, exact=True, tolerance=1e-5):
+    """Whether two nests of dicts, lists, tensors and numbers are equal, or close."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) if exact else torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k], exact, tolerance) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y, exact, tolerance) for x, y in zip(a, b))
+    return a == b
+
+
+def log_of(out):
+    """The columns of log.csv that are not times."""
+    return [row[:5] for row in csv.reader(open(Path(out) / "log.csv"))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes of images in every mode and many formats, nested, in odd sizes."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (23, 31, 3), dtype=np.uint8))
+    (root / "a" / "deep").mkdir(parents=True), (root / "b").mkdir(), (root / "c").mkdir()
+    noise.save(root / "a" / "one.png")
+    noise.convert("L").save(root / "a" / "deep" / "grey.JPEG")
+    noise.convert("P").save(root / "a" / "deep" / "palette.gif")
+    noise.convert("RGBA").save(root / "b" / "alpha.PNG")
+    noise.convert("CMYK").save(root / "b" / "cmyk.jpg")
+    Image.fromarray(rng.integers(0, 65536, (9, 8), dtype=np.uint16)).save(root / "b" / "sixteen.png")
+    noise.resize((1, 1)).save(root / "c" / "pixel.bmp")
+    noise.convert("LA").save(root / "c" / "grey alpha.webp")
+    noise.convert("1").save(root / "c" / "bilevel.tiff")
+    (root / "c" / "notes.txt").write_text("not an image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, folder):
+    """A tiny run on that folder."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    return out, *fit(out, "--data", folder, "--cache", out.parent / "cache", log_every=2, sample_every=3, save_every=2)
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    out, state, printed = finished
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "config.json", "log.csv", "samples"]
+    assert sorted(p.name for p in (out / "samples").iterdir()) == ["0000003.png", "0000004.png"]
+    assert json.loads((out / "config.json").read_text())["channels"] == [8, 16]
+    header, *rows = csv.reader(open(out / "log.csv"))
+    assert header == "step images loss grad_norm lr images_per_second data_wait seconds".split()
+    assert [row[:2] for row in rows] == [["2", "16"], ["4", "32"]] and rows[0][4] == "0.01"
+    assert state["step"] == 4 and state["classes"] == ["a", "b", "c"] and sid2.Config(**state["config"]).num_classes == 3
+    sid2.UViT(sid2.Config(**state["config"])).load_state_dict(state["ema"])
+    parameters, gmac = sid2.count(TINY)
+    for said in ("a 3, b 3, c 3", "9 images", f"{parameters / 1e6:.1f} M parameters", f"{gmac:.2f} GMAC", "cpu", "image_size 8"):
+        assert said in printed
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, folder):
+    """Weights, average, optimiser, log and pictures; with dropout, flips, label dropout and epochs that end mid-batch."""
+    for data in ("shapes", folder):
+        config = replace(TINY, dropout=0.2, steps=5, log_every=1)
+        flags = "--data", data, "--cache", tmp_path / "cache"
+        whole, printed = fit(tmp_path / f"{data == folder}whole", *flags, config=config)
+        assert "a new run" in printed
+        fit(tmp_path / f"{data == folder}parts", *flags, config=config, steps=2)
+        with open(tmp_path / f"{data == folder}parts" / "log.csv", "a") as log:
+            log.write("3,24,9,9,9,9,9,9\n")  # a step that came after the last checkpoint
+        parts, printed = fit(tmp_path / f"{data == folder}parts", *flags, config=config)
+        assert "resumed at step 2" in printed
+        del whole["seconds"], parts["seconds"]
+        assert same(whole, parts)
+        assert log_of(tmp_path / f"{data == folder}whole") == log_of(tmp_path / f"{data == folder}parts")
+        pictures = [(tmp_path / f"{data == folder}{run}" / "samples" / "0000005.png").read_bytes() for run in ("whole", "parts")]
+        assert pictures[0] == pictures[1]
+    before = (tmp_path / "Trueparts" / "checkpoint.pt").read_bytes()
+    assert "nothing left" in fit(tmp_path / "Trueparts", *flags, config=config)[1]
+    assert before == (tmp_path / "Trueparts" / "checkpoint.pt").read_bytes()
+
+
+def test_another_seed_is_another_run(tmp_path):
+    a, b = (fit(tmp_path / str(seed), "--seed", seed, "--data", "shapes", steps=1)[0] for seed in (1, 2))
+    assert not same(a["net"], b["net"])
+
+
+def test_micro_batches_and_processes_do_not_change_the_run(tmp_path):
+    """4 micro-batches of 2 = 1 batch of 8 = 2 processes = 2 processes with micro-batches: weights, average, log.
+
+    SGD would agree to rounding; Adam with epsilon 1e-12 turns rounding of tiny gradients into steps, hence the tolerance."""
+    config = replace(TINY, steps=3, log_every=1)
+    one = fit(tmp_path / "one", "--data", "shapes", config=config)[0]
+    micro = fit(tmp_path / "micro", "--data", "shapes", config=config, micro_batch=2)[0]
+    both = "--device", "cpu", "--precision", "fp32", "--data", "shapes"
+    torchrun("train.py", "--out", tmp_path / "two", *both, *flags_of(config, micro_batch=2))
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    for name, other in (("micro", micro), ("two", two)):
+        assert same(one["net"], other["net"], exact=False, tolerance=2e-3) and same(one["ema"], other["ema"], exact=False, tolerance=2e-3)
+        ours, theirs = (np.array(log_of(tmp_path / run)[1:], float) for run in ("one", name))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_a_finer_network_starts_from_a_coarser_run(tmp_path, finished):
+    """--init-from: 8 px with patch 1 -> 16 px with patch 2, the trunk and all else that fits, from the average."""
+    out, state, _ = finished
+    code, printed, _ = run(train, "--data", "shapes", "--init-from", out, "--out", tmp_path / "run", "--device", "cpu",
+                           *flags_of(image_size=16, patch_size=2, steps=1, lr=1e-20))
+    started = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert code == 0 and "started afresh: condition.label.weight, embed.weight, head.bias, head.weight" in printed
+    assert same(started["net"]["middle.0.qkv.weight"], state["ema"]["middle.0.qkv.weight"], exact=False)
+    assert not same(state["net"]["middle.0.qkv.weight"], state["ema"]["middle.0.qkv.weight"], exact=False)
+
+
+def test_an_unlabelled_folder_trains_an_unconditional_network(tmp_path, folder):
+    state, _ = fit(tmp_path / "run", "--data", folder / "a" / "deep", "--cache", tmp_path)
+    assert state["classes"] == [] and state["net"]["condition.label.weight"].shape[0] == 1
+    assert run(sample, tmp_path / "run", "--device", "cpu")[0] == 0
+    assert Image.open(tmp_path / "run" / "samples.png").width > 64
+
+
+def test_images_of_every_kind_become_rgb(folder):
+    files = sorted(p for p in folder.rglob("*.*") if p.suffix != ".txt")
+    for i, file in enumerate(files):
+        image = train.Files(files, 8)[i]
+        assert image.shape == (8, 8, 3) and image.dtype == np.uint8, file
+    ramp = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
+    assert np.asarray(train.to_rgb(ramp))[..., 1].tolist() == (np.asarray(ramp) >> 8).tolist()
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert np.asarray(train.to_rgb(clear)).min() == 255
+    turned = Image.new("RGB", (4, 2))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(buffer := io.BytesIO(), "JPEG", exif=exif)
+    assert train.to_rgb(Image.open(buffer)).size == (2, 4)
+
+
+def test_the_crop_keeps_the_middle_and_its_proportions():
+    """ADM's: by box to less than twice the size, then bicubic, then the centre."""
+    wide = np.zeros((64, 192, 3), np.uint8)
+    wide[:, 64:128] = 200
+    assert (np.asarray(train.centre_crop(Image.fromarray(wide), 16))[:, 2:-2] == 200).all()
+    checks = np.indices((64, 64)).sum(0) % 2 * 255  # a box average of a chessboard is grey
+    flat = np.asarray(train.centre_crop(Image.fromarray(checks.astype(np.uint8)).convert("RGB"), 32))
+    assert abs(flat.astype(int) - 127).max() <= 1
+    assert train.centre_crop(Image.new("RGB", (5, 3)), 16).size == (16, 16)
+
+
+def test_the_cache_holds_what_decoding_gives(tmp_path, folder):
+    data = train.open_data(str(folder), 8, 0, tmp_path)
+    direct = train.Files(sorted(p for p in folder.rglob("*.*") if p.suffix != ".txt"), 8)(np.arange(9))
+    assert np.array_equal(data.read(np.arange(9)), direct) and len(list(tmp_path.glob("*.npy"))) == 1
+    assert data.classes == ["a", "b", "c"] and np.bincount(data.labels).tolist() == [3, 3, 3]
+
+
+def test_every_epoch_shows_every_image_once_in_a_new_order(tmp_path, folder):
+    data = train.open_data(str(folder), 8, 0, tmp_path)
+    data.read = lambda index: index
+    seen = np.concatenate([data.batch(np.arange(n, n + 4))[0] for n in range(0, 36, 4)]).reshape(4, 9)
+    assert all(sorted(epoch) == list(range(9)) for epoch in seen) and len({tuple(epoch) for epoch in seen}) == 4
+
+
+def test_shapes_depend_on_seed_and_number_alone():
+    shapes = train.Shapes(16, seed=3)
+    images, labels = shapes.batch(np.arange(40))
+    again, _ = shapes.batch(np.array([17, 5]))
+    assert np.array_equal(again, images[[17, 5]]) and set(labels) == set(range(6))
+    assert not np.array_equal(images, train.Shapes(16, seed=4).batch(np.arange(40))[0])
+    edges = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], 1).astype(int)
+    assert (edges.min(1) >= 0).all() and images.reshape(40, -1).std(1).min() > 10
+
+
+def test_cifar10_is_read_from_the_binary_archive(tmp_path, monkeypatch):
+    """Ten thousand records per file, label first, planes R G B; the hash is checked; nothing is unpickled."""
+    records = np.random.default_rng(0).integers(0, 256, (10_000, 3073), dtype=np.uint8)
+    records[:, 0] %= 10
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz", compresslevel=1) as tar:
+        for i in range(1, 6):
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i}.bin")
+            info.size = records.size
+            tar.addfile(info, io.BytesIO(records.tobytes()))
+    with pytest.raises(SystemExit):
+        train.open_data("cifar10", 32, 0, tmp_path)
+    monkeypatch.setattr(train, "CIFAR10_SHA256", hashlib.sha256((tmp_path / "cifar-10-binary.tar.gz").read_bytes()).hexdigest())
+    data = train.open_data("cifar10", 32, 0, tmp_path)
+    image = data.read(np.array([10_007]))[0]
+    assert image[3, 5].tolist() == records[7, [1 + 3 * 32 + 5, 1025 + 3 * 32 + 5, 2049 + 3 * 32 + 5]].tolist()
+    assert data.labels[10_007] == records[7, 0] and len(data.labels) == 50_000 and data.classes[3] == "cat"
+
+
+def test_without_a_connection_cifar10_says_what_to_fetch(tmp_path, monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(SystemExit) as exit:
+        train.open_data("cifar10", 32, 0, tmp_path)
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and train.CIFAR10 in message and str(tmp_path / "cifar-10-binary.tar.gz") in message
+
+
+def test_eight_bits_survive_the_way_there_and_back():
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert np.array_equal(sample.to_uint8(values / 127.5 - 1), values.permute(0, 2, 3, 1).numpy())
+
+
+def test_samples_are_the_same_for_any_batch_and_number_of_processes(finished, tmp_path):
+    """npz: uint8 in the order of the seeds, so never sorted by class; npz data train again."""
+    out, _, _ = finished
+    common = out, "--device", "cpu", "--precision", "fp32", "--format", "npz", "--seeds", 3, 9
+    assert run(sample, *common, "--batch", 5, "--out", tmp_path / "one.npz")[0] == 0
+    torchrun("sample.py", *common, "--batch", 2, "--out", tmp_path / "two.npz")
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert one["arr_0"].dtype == np.uint8 and one["arr_0"].shape == (7, 8, 8, 3)
+    assert one["arr_1"].tolist() == two["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1  # rounding of another batch size
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.npz", "one.npz.json", "two.npz", "two.npz.json"]
+    state, _ = fit(tmp_path / "run", "--data", tmp_path / "one.npz", "--cache", tmp_path / "cache")
+    assert state["classes"] == ["0", "1", "2"]
+    cached = np.load(next((tmp_path / "cache").glob("*.npy")))
+    assert np.array_equal(cached, one["arr_0"])
+
+
+def test_a_cut_off_folder_of_samples_is_completed(finished, tmp_path):
+    out, _, _ = finished
+    common = out, "--device", "cpu", "--format", "folder", "--out", tmp_path / "images", "--num", 6
+    assert run(sample, *common)[0] == 0
+    files = sorted((tmp_path / "images").glob("*.png"))
+    before = [(f.stat().st_mtime_ns, f.read_bytes()) for f in files]
+    files[2].unlink(), files[4].unlink()
+    assert run(sample, *common)[0] == 0
+    after = [(f.stat().st_mtime_ns, f.read_bytes()) for f in files]
+    assert len(files) == 6 and [a[0] == b[0] for a, b in zip(before, after)] == [True, True, False, True, False, True]
+    code, _, err = run(sample, *common, "--steps", 2)
+    assert code == 2 and "config" in err and after == [(f.stat().st_mtime_ns, f.read_bytes()) for f in files]
+
+
+def test_flags_of_sample_reach_the_sampler(finished, tmp_path):
+    """Each of them changes the picture, and the JSON beside it holds every one."""
+    out, _, _ = finished
+    pictures = {}
+    for i, flags in enumerate([[], ["--weights", "raw"], ["--steps", 2], ["--sampler", "ddim"], ["--gamma", 1], ["--guidance", 9],
+                               ["--interval", -20, 20], ["--classes", "b"], ["--classes", 2, 0], ["--classes", "random"], ["--seeds", 4, 11]]):
+        code, _, err = run(sample, out, "--device", "cpu", "--num", 8, "--out", tmp_path / f"{i}.png", *flags)
+        assert code == 0, err
+        pictures[(tmp_path / f"{i}.png").read_bytes()] = flags
+    assert len(pictures) == 11
+    settings = json.loads((tmp_path / "6.png.json").read_text())
+    assert settings["config"]["interval"] == [-20, 20] and settings["step"] == 4 and settings["seeds"] == [0, 7]
+
+
+def damaged(tmp_path, finished, kind):
+    data = (finished[0] / "checkpoint.pt").read_bytes()
+    path = tmp_path / f"{kind}.pt"
+    if kind == "foreign":
+        torch.save({"model": torch.zeros(3)}, path)
+    elif kind == "pickle":
+        torch.save({"config": print}, path)
+    else:
+        path.write_bytes(data[: len(data) // 2] if kind == "truncated" else b"")
+    return path
+
+
+def bad_images(tmp_path, kind):
+    root = tmp_path / kind
+    (root / "a").mkdir(parents=True), (root / "b").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "a" / "good.png")
+    if kind == "broken":
+        (root / "b" / "broken.png").write_bytes((root / "a" / "good.png").read_bytes()[:50])
+    elif kind == "loose":
+        Image.new("RGB", (8, 8)).save(root / "loose.png")
+    elif kind == "empty":
+        (root / "a" / "good.png").unlink()
+    return root
+
+
+def bad_npz(tmp_path, **arrays):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    return tmp_path / "bad.npz"
+
+
+U8 = lambda *shape: np.zeros(shape, np.uint8)
+BAD_TRAIN = [  # what is wrong, the flags, words of the message
+    (lambda p, f: ["--preset", "imagenet1024"], "imagenet1024.*imagenet512_p2"),
+    (lambda p, f: ["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    (lambda p, f: ["--steps", "many"], "steps.*many"),
+    (lambda p, f: ["--image-size", "9"], "image_size must be a multiple of 2.*got image_size 9"),
+    (lambda p, f: ["--interval", "2", "1"], "interval must be low < high"),
+    (lambda p, f: ["--batch", "8", "--micro-batch", "3"], "batch 8 is not divisible by 1 processes times micro-batch 3"),
+    (lambda p, f: ["--num-classes", "4"], "--num-classes 4: shapes has 6 classes"),
+    (lambda p, f: ["--data", p / "nowhere"], "nowhere: neither shapes, cifar10, a folder nor an .npz"),
+    (lambda p, f: ["--data", bad_images(p, "empty")], "no images in .*empty"),
+    (lambda p, f: ["--data", bad_images(p, "broken")], "b/broken.png is no readable image"),
+    (lambda p, f: ["--data", bad_images(p, "broken"), "--workers", "1"], "b/broken.png is no readable image"),
+    (lambda p, f: ["--data", bad_images(p, "loose")], "1 images beside its 2 class folders"),
+    (lambda p, f: ["--data", bad_npz(p, images=U8(2, 8, 8, 3))], "no npz with an array arr_0"),
+    (lambda p, f: ["--data", bad_npz(p, arr_0=np.zeros((2, 8, 8, 3)))], "arr_0 is float64"),
+    (lambda p, f: ["--data", bad_npz(p, arr_0=U8(2, 4, 4, 3))], r"uint8 \(N, 8, 8, 3\)"),
+    (lambda p, f: ["--data", bad_npz(p, arr_0=U8(2, 8, 8, 3), arr_1=np.array([0, -1]))], "labels from 0"),
+    (lambda p, f: ["--data", bad_npz(p, arr_0=U8(2, 8, 8, 3), arr_1=np.array([0, 7])), "--num-classes", "3"], "has 8 classes"),
+    (lambda p, f: ["--data", "cifar10"], "images of 32 px"),
+    (lambda p, f: ["--preset", "imagenet64"], "needs --data"),
+    (lambda p, f: ["--device", "tpu"], "--device tpu"),
+    (lambda p, f: ["--workers", "-1"], "workers"),
+    (lambda p, f: ["--seed", "-1"], "seed"),
+    (lambda p, f: ["--init-from", p / "nowhere"], "no checkpoint at .*nowhere"),
+    (lambda p, f: ["--init-from", f[0], "--channels", "8", "32"], "its trunk does not fit, for example"),
+    (lambda p, f: ["--out", f[0], "--lr", "0.5"], "other settings .*lr 0.01 -> 0.5"),
+    (lambda p, f: ["--out", ROOT], "exists and is no run folder"),
+    (lambda p, f: ["--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+]
+BAD_SAMPLE = [
+    (lambda p, f: [p / "nowhere"], "no checkpoint at .*nowhere"),
+    (lambda p, f: [damaged(p, f, "truncated")], "truncated.pt is truncated or no checkpoint"),
+    (lambda p, f: [damaged(p, f, "empty")], "empty.pt is truncated or no checkpoint"),
+    (lambda p, f: [damaged(p, f, "foreign")], "foreign.pt is truncated or no checkpoint"),
+    (lambda p, f: [damaged(p, f, "pickle")], "pickle.pt is truncated or no checkpoint"),
+    (lambda p, f: [f[0], "--classes", "3"], "--classes 3: this run has classes 0 to 2: a, b, c"),
+    (lambda p, f: [f[0], "--classes", "zebra"], "--classes zebra"),
+    (lambda p, f: [f[0], "--interval", "2", "1"], "interval must be low < high"),
+    (lambda p, f: [f[0], "--steps", "0"], "sample_steps must be at least 1"),
+    (lambda p, f: [f[0], "--gamma", "2"], r"gamma must lie in \[0, 1\]"),
+    (lambda p, f: [f[0], "--seeds", "4", "2"], "--seeds"),
+    (lambda p, f: [f[0], "--num", "0"], "--num"),
+    (lambda p, f: [f[0], "--batch", "0"], "--batch"),
+    (lambda p, f: [f[0], "--sampler", "euler"], "euler"),
+    (lambda p, f: [f[0], "--out", "/proc/nowhere/x.png"], "cannot write to /proc/nowhere"),
+]
+
+
+@pytest.mark.parametrize("script, flags, message", [(train, *row) for row in BAD_TRAIN] + [(sample, *row) for row in BAD_SAMPLE])
+def test_bad_input_ends_with_one_clear_line(script, flags, message, tmp_path, finished):
+    """Exit code 2, one line on stderr, no traceback, and what was there before is there still."""
+    flags = list(map(str, flags(tmp_path, finished)))
+    if script is train:
+        common = ["--device", "cpu", "--cache", tmp_path / "cache", *flags_of()] if "--preset" not in flags else []
+        flags = ["--data", "shapes", "--out", tmp_path / "run", *common, *flags]
+    else:
+        flags = ["--device", "cpu", *flags]
+    files = lambda: {p: p.read_bytes() for p in finished[0].rglob("*") if p.is_file()}
+    before = files()
+    code, _, err = run(script, *flags)
+    assert code == 2 and re.search(message, err), err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1 and "Traceback" not in err
+    assert files() == before and not (tmp_path / "run").exists()
+
+
+def test_the_scripts_start_from_a_shell(tmp_path):
+    """As a stranger types them: exit codes and streams of the real processes."""
+    for script in ("train.py", "sample.py"):
+        result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0 and "python" in result.stdout or "--device" in result.stdout
+    result = subprocess.run([sys.executable, ROOT / "sample.py", "nowhere"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "error: no checkpoint at nowhere" in result.stderr
+
+
+@pytest.mark.skipif("SID2_IMAGES" not in os.environ, reason="SID2_IMAGES names no folder of real images")
+def test_real_images_train(tmp_path):
+    fit(tmp_path / "run", "--data", os.environ["SID2_IMAGES"], "--cache", tmp_path / "cache", image_size=32)

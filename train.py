@@ -1,0 +1,482 @@
+"""Trains SiD2. One process, or many:
+
+    python train.py                                                       shapes, a few minutes on a CPU
+    python train.py --preset cifar10                                      one GPU
+    torchrun --nproc_per_node=8 train.py --preset imagenet256_p2 --data FOLDER
+
+The same command again goes on exactly where the run stopped. Whatever is random at step n is a function of the seed and
+n, or of the seed and the number of an image, counted over the run: nothing else needs to be remembered, and neither the
+number of processes nor the micro-batch changes what the network sees.
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import shutil
+import tarfile
+import time
+import zipfile
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import sid2
+from sample import (Parser, autocast, choose_labels, choose_precision, fail, grid, load_checkpoint, replacing, sample_images,
+                    setup, shown_classes)
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Data. `batch(numbers)` gives uint8 images (B, H, W, 3) and int64 labels (B,) for numbers 0, 1, 2, ... without end
+
+
+class Shapes:
+    """Six shapes in any place, size and colour, drawn when asked for; image n is a function of seed and n."""
+
+    name, counts = "shapes, drawn on the fly", None
+    shapes = {  # inside or not, at a to the right and b down from the centre, in radii
+        "disc": lambda a, b: a**2 + b**2 < 1,
+        "ring": lambda a, b: abs(a**2 + b**2 - 0.65) < 0.35,
+        "square": lambda a, b: np.maximum(abs(a), abs(b)) < 0.85,
+        "triangle": lambda a, b: (b < 0.8) & (b > 2 * abs(a) - 1),
+        "cross": lambda a, b: (np.maximum(abs(a), abs(b)) < 1) & (np.minimum(abs(a), abs(b)) < 0.3),
+        "moon": lambda a, b: (a**2 + b**2 < 1) & ((a - 0.5) ** 2 + b**2 > 0.7),
+    }
+    classes = list(shapes)
+
+    def __init__(self, image_size: int, seed: int):
+        self.size, self.seed = image_size, seed
+
+    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        u = np.stack([np.random.default_rng([self.seed, n]).random(11, np.float32) for n in numbers])
+        labels = (u[:, 0] * len(self.classes)).astype(np.int64)
+        radius = 0.26 + 0.16 * u[:, 1:2]  # of the image's width
+        centre = radius + u[:, 2:4] * (1 - 2 * radius)  # the whole shape is in the picture
+        dark, light = 0.35 * u[:, 4:7], 0.35 + 0.65 * u[:, 7:10]
+        light[np.arange(len(u)), (3 * u[:, 10]).astype(int)] = 1  # one full channel: never without contrast
+
+        points = (np.arange(4 * self.size, dtype=np.float32) + 0.5) / (4 * self.size)  # 4 x 4 per pixel
+        a, b = ((points - centre[:, i : i + 1]) / radius for i in range(2))
+        a, b = a[:, None, :], b[:, :, None]
+        inside = np.empty((len(u), 4 * self.size, 4 * self.size), bool)
+        for label, shape in enumerate(self.shapes.values()):
+            inside[labels == label] = shape(a[labels == label], b[labels == label])
+        cover = inside.reshape(-1, self.size, 4, self.size, 4).mean((2, 4), dtype=np.float32)[..., None]
+        images = dark[:, None, None] * (1 - cover) + light[:, None, None] * cover
+        return (255 * images + 0.5).astype(np.uint8), labels
+
+
+class Images:
+    """Stored images, each once per epoch, every epoch in a new order. `read(index)` gives them by place in the set."""
+
+    def __init__(self, name: str, read, labels: np.ndarray, classes: list[str], seed: int):
+        self.name, self.read, self.labels, self.classes, self.seed = name, read, labels.astype(np.int64), classes, seed
+        self.counts = np.bincount(self.labels).tolist()
+        self.epoch, self.order = None, None
+
+    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        index, epochs = np.empty(len(numbers), np.int64), numbers // len(self.labels)
+        for epoch in np.unique(epochs):
+            if epoch != self.epoch:
+                self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
+                self.epoch = epoch
+            index[epochs == epoch] = self.order[numbers[epochs == epoch] % len(self.labels)]
+        return self.read(index), self.labels[index]
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message names it."""
+
+
+class Files:
+    """Decodes image files to image_size, RGB."""
+
+    def __init__(self, files: list[Path], image_size: int):
+        self.files, self.size = files, image_size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        try:
+            with Image.open(self.files[i]) as image:
+                return np.asarray(centre_crop(to_rgb(image), self.size))
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise ImageError(f"{self.files[i]} is no readable image ({error}): repair or remove it") from None
+
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        return np.stack([self[i] for i in index])
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright by its EXIF tag; 16-bit grey scaled to 8 bits; transparency laid over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's crop, which the published ImageNet FIDs use: box by halves to less than twice the size, bicubic, centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class Cache:
+    """Images in an .npy file, memory-mapped at each call, so that loader processes share nothing else.
+
+    The main process writes the file once, from `chunks` of bytes, while the others wait.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], chunks, main: bool):
+        self.path = path
+        if main and not path.is_file():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary, open(temporary, "wb") as out:
+                    np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
+                    for chunk in chunks:
+                        out.write(chunk)
+            except OSError as error:
+                fail(f"cannot write the cache {path} ({error}): give another --cache")
+        if dist.is_initialized():
+            dist.barrier()
+
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        return np.load(self.path, mmap_mode="r")[index]
+
+
+def fingerprint(*parts) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170,052,171 bytes
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def open_cifar10(size: int, seed: int, cache: Path, main: bool) -> Images:
+    """The 50,000 training images of the binary archive, records of a label and 3 x 32 x 32 values."""
+    if size != 32:
+        fail(f"--data cifar10 has images of 32 px, the configuration asks for {size}")
+    archive = cache / "cifar-10-binary.tar.gz"
+    if main and not archive.is_file():
+        print(f"downloading {CIFAR10} to {archive}")
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(CIFAR10, archive, hash_prefix=CIFAR10_SHA256)
+        except (OSError, RuntimeError) as error:
+            fail(f"could not download CIFAR-10 ({error}): fetch {CIFAR10} elsewhere and put it at {archive}")
+    if dist.is_initialized():
+        dist.barrier()
+    with open(archive, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != CIFAR10_SHA256:
+            fail(f"{archive} is not the official archive (its sha256 differs): remove it, the next run fetches it again")
+    with tarfile.open(archive) as tar:
+        raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read() for i in range(1, 6))
+    records = np.frombuffer(raw, np.uint8).reshape(50_000, 1 + 3 * 32 * 32)
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    read = Cache(cache / "cifar10.npy", images.shape, [images.tobytes()], main)
+    return Images("CIFAR-10, training set", read, records[:, 0], CIFAR10_CLASSES, seed)
+
+
+def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Images:
+    """uint8 arr_0 (N, image_size, image_size, 3); labels arr_1 (N,) where there are any."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            labels = arrays["arr_1"] if "arr_1" in arrays else None
+        member = zipfile.ZipFile(path).open("arr_0.npy")
+        np.lib.format.read_magic(member)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+    except Exception as error:  # errors of zip, header and type share no base
+        fail(f"{path} is no npz with an array arr_0 ({error})")
+    if dtype != np.uint8 or shape[1:] != (size, size, 3) or shape[0] == 0 or fortran:
+        fail(f"{path}: arr_0 is {dtype} {shape}, it must be uint8 (N, {size}, {size}, 3), N at least 1, in C order")
+    if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
+        fail(f"{path}: arr_1 is {labels.dtype} {labels.shape}, it must be {shape[0]} integer labels from 0 up")
+    stat = path.stat()
+    target = cache / f"{fingerprint(path.resolve(), stat.st_size, stat.st_mtime_ns)}.npy"
+    read = Cache(target, shape, iter(lambda: member.read(1 << 20), b""), main)
+    classes = [] if labels is None else [str(i) for i in range(labels.max() + 1)]
+    return Images(str(path), read, np.zeros(shape[0]) if labels is None else labels, classes, seed)
+
+
+def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, workers: int) -> Images:
+    """Images of a folder, nested. Its immediate sub-folders are the classes; without any it is unlabelled."""
+    known = Image.registered_extensions()
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
+    if not files:
+        fail(f"no images in {path} and its sub-folders: looked for .jpg, .png, .webp and Pillow's other formats")
+    tops = [p.relative_to(path).parts[0] if p.parent != path else "" for p in files]
+    classes = sorted(set(tops) - {""})
+    if classes and "" in tops:
+        fail(f"{path} has {tops.count('')} images beside its {len(classes)} class folders: put them into classes, or away")
+    labels = np.array([classes.index(top) if classes else 0 for top in tops])
+
+    shape, read = (len(files), size, size, 3), Files(files, size)
+    stats = [p.stat() for p in files]
+    name = fingerprint(size, *((p.resolve(), s.st_size, s.st_mtime_ns) for p, s in zip(files, stats)))
+    target, disk = cache / f"{name}.npy", next(p for p in [cache, *cache.parents] if p.exists())
+    if target.is_file() or math.prod(shape) < shutil.disk_usage(disk).free / 2:  # else each epoch decodes again
+        decoded = DataLoader(read, batch_size=32, num_workers=workers, collate_fn=np.stack)
+        bar = tqdm(decoded, f"decoding {len(files)} images into {target}", unit="batch of 32", disable=not main or target.is_file())
+        read = Cache(target, shape, bar, main)
+    return Images(str(path), read, labels, classes, seed)
+
+
+def open_data(name: str, image_size: int, seed: int, cache: Path, main: bool = True, workers: int = 0):
+    """shapes, cifar10, FOLDER or FILE.npz."""
+    cache, path = Path(cache).expanduser(), Path(name)
+    if name == "shapes":
+        return Shapes(image_size, seed)
+    if name == "cifar10":
+        return open_cifar10(image_size, seed, cache, main)
+    if path.is_dir():
+        return open_folder(path, image_size, seed, cache, main, workers)
+    if path.is_file() and path.suffix == ".npz":
+        return open_npz(path, image_size, seed, cache, main)
+    fail(f"--data {name}: neither shapes, cifar10, a folder nor an .npz file")
+
+
+class Batches:
+    """Item n is this process's share of the images and labels of step n; the DataLoader's sampler is a range of steps."""
+
+    def __init__(self, data, batch: int, share: slice):
+        self.data, self.batch, self.share = data, batch, share
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = self.data.batch(step * self.batch + np.arange(self.batch)[self.share])
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. The run
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=sid2.PRESETS, default="shapes", metavar="NAME",
+                        help=f"{', '.join(sid2.PRESETS)}; `python sid2.py` shows them")
+    parser.add_argument("--data", help="shapes, cifar10, a folder of images or an npz; default: the preset's own")
+    parser.add_argument("--out", help="folder of the run; default: runs/PRESET")
+    parser.add_argument("--cache", default="~/.cache/sid2", help="folder for decoded data; default: %(default)s")
+    parser.add_argument("--init-from", help="start from the EMA weights of this run or checkpoint; its trunk must fit")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    parser.add_argument("--workers", type=int, help="loader processes; default: up to 8 on CUDA or to decode, else 0")
+    group = parser.add_argument_group("configuration: the fields of sid2.Config; default: the preset's")
+    for field in fields(sid2.Config):
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(sid2.PRESETS["shapes"], field.name)
+        if isinstance(value, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction)
+        else:
+            several = isinstance(value, tuple)
+            group.add_argument(flag, type=type(value[0] if several else value), nargs="+" if several else None)
+    args = parser.parse_args()
+    if args.seed < 0 or (args.workers or 0) < 0:
+        fail(f"--seed and --workers must be at least 0, got {args.seed} and {args.workers}")
+    return args
+
+
+def check_folder(out: Path, settings: dict):
+    """A new or empty folder, or one that holds a run with the same settings."""
+    if not (out / "config.json").is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            fail(f"{out} exists and is no run folder: give another --out")
+        return
+    try:
+        before = json.loads((out / "config.json").read_text())
+    except ValueError:
+        fail(f"{out / 'config.json'} is damaged: restore it, or give another --out")
+    free = {"steps", "micro_batch", "log_every", "sample_every", "save_every"}  # may change when a run goes on
+    differ = [f"{k} {before.get(k)} -> {v}" for k, v in settings.items() if k not in free and before.get(k) != v]
+    if differ:
+        fail(f"{out} holds a run with other settings ({', '.join(differ)}): give another --out, or the same flags")
+
+
+def init_from(path: str, net: sid2.UViT) -> str:
+    """Takes over the EMA weights of another run wherever shapes agree; in the trunk all must. Says what was not."""
+    theirs, mine = load_checkpoint(path)["ema"], net.state_dict()
+    fits = {k for k in mine if k in theirs and theirs[k].shape == mine[k].shape}
+    misfits = {k for k in mine if k.split(".")[0] in ("blocks_down", "down", "middle", "up", "blocks_up")} - fits
+    if misfits:
+        fail(f"--init-from {path}: its trunk does not fit, for example {min(misfits)}")
+    net.load_state_dict({k: theirs[k] if k in fits else mine[k] for k in mine})
+    return f"{len(fits)} of {len(mine)} tensors from {path}, started afresh: {', '.join(sorted(mine.keys() - fits)) or 'none'}"
+
+
+def open_log(path: Path, step: int):
+    """log.csv with the rows up to `step`, open for more."""
+    columns = "step images loss grad_norm lr images_per_second data_wait seconds".split()
+    rows = [row for row in csv.reader(path.open()) if row and row[0].isdigit() and int(row[0]) <= step] if path.is_file() else []
+    with replacing(path) as temporary, open(temporary, "w", newline="") as out:
+        csv.writer(out).writerows([columns, *rows])
+    return open(path, "a", newline="", buffering=1)
+
+
+def main():
+    args = parse()
+    rank, world, device = setup(args.device)
+    preset = asdict(sid2.PRESETS[args.preset])
+    given = {k: tuple(v) if isinstance(v, list) else v for k in preset if (v := getattr(args, k)) is not None}
+    out, name = Path(args.out or f"runs/{args.preset}"), args.data or {"shapes": "shapes", "cifar10": "cifar10"}.get(args.preset)
+    if name is None:
+        fail(f"--preset {args.preset} needs --data: a folder of images or an npz")
+    try:
+        config = sid2.Config(**preset | given)
+        workers = min(8, os.cpu_count() // world) if args.workers is None else args.workers
+        data = open_data(name, config.image_size, args.seed, args.cache, rank == 0, workers)
+        config = sid2.Config(**preset | {"num_classes": len(data.classes)} | given)
+    except ValueError as error:  # of a loader process, the message comes last
+        fail(str(error).strip().splitlines()[-1].split("ImageError: ")[-1])
+    if config.num_classes not in (0, len(data.classes)):
+        fail(f"--num-classes {config.num_classes}: {data.name} has {len(data.classes)} classes")
+    local = config.batch // world  # images of this process, per step
+    micro = config.micro_batch or local
+    if config.batch % world or local % micro:
+        fail(f"batch {config.batch} is not divisible by {world} processes times micro-batch {micro}")
+    settings = json.loads(json.dumps(asdict(config) | dict(data=name, seed=args.seed, init_from=args.init_from)))
+    check_folder(out, settings)
+
+    torch.manual_seed(args.seed)
+    net, taken = sid2.UViT(config).to(device), None
+    optimizer = torch.optim.Adam(net.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)  # [SD]
+    state = load_checkpoint(out) if (out / "checkpoint.pt").exists() else dict(step=0, seconds=0.0)
+    if state["step"] == 0 and args.init_from:
+        taken = init_from(args.init_from, net)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    if state["step"] > 0:
+        net.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    net.checkpointing = args.checkpointing
+    if args.compile or args.compile is None and device.type == "cuda":
+        net.compile()
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
+    precision = choose_precision(device, args.precision)
+
+    if rank == 0:
+        try:
+            (out / "samples").mkdir(parents=True, exist_ok=True)
+            with replacing(out / "config.json") as temporary:
+                temporary.write_text(json.dumps(settings, indent=1))
+            log = open_log(out / "log.csv", state["step"])
+        except OSError as error:
+            fail(f"cannot write to {out}: {error}")
+        parameters, gmac = sid2.count(config)
+        print(", ".join(f"{k} {v}" for k, v in asdict(config).items()))
+        print(f"{parameters / 1e6:.1f} M parameters, {gmac:.2f} GMAC per image; {world} x {device}, {precision}, torch {torch.__version__}")
+        counts = [f"{c} {n}" for c, n in zip(data.classes, data.counts)] if data.counts else data.classes
+        print(f"data: {data.name}; {sum(data.counts) if data.counts else 'endless'} images; "
+              f"{len(counts)} classes{': ' if counts else ''}{', '.join(counts[:20])}{', ...' if len(counts) > 20 else ''}")
+        print(*([taken] if taken else []), f"resumed at step {state['step']}" if state["step"] else f"a new run in {out}", sep="\n")
+        if state["step"] >= config.steps:
+            print(f"nothing left to do: the run has its {config.steps} steps; give more --steps to go on")
+
+    share = slice(rank * local, (rank + 1) * local)
+    steps = range(state["step"], config.steps)
+    in_memory = not isinstance(getattr(data, "read", None), Files) and device.type != "cuda"
+    batches = iter(DataLoader(Batches(data, config.batch, share), batch_size=None, sampler=steps, pin_memory=device.type == "cuda",
+                              num_workers=0 if in_memory and args.workers is None else workers))
+    generator, place = torch.Generator(device), torch.arange(config.batch)[share]
+    loss_sum, waited = torch.zeros((), device=device), 0.0
+    begun = since = time.perf_counter()
+    model.train()
+    bar = tqdm(total=config.steps, initial=state["step"], unit="step", disable=rank > 0)
+    for step in steps:
+        waiting = time.perf_counter()
+        try:
+            images, labels = next(batches)
+        except ImageError as error:
+            fail(str(error).strip().splitlines()[-1].split("ImageError: ")[-1])
+        waited += time.perf_counter() - waiting
+
+        rng = np.random.default_rng([args.seed, step])  # draws for the whole batch; each process takes its share
+        u, flip, drop = rng.random(), rng.random(config.batch)[share] < 0.5, rng.random(config.batch)[share] < config.label_dropout
+        flip, drop = torch.from_numpy(flip & config.flip), torch.from_numpy(drop)
+        seeds = ((args.seed + 1) * 2654435761 + step * config.batch + place) % 2**32  # of eps, one per image
+        torch.manual_seed((args.seed + step * world + rank) % 2**63)  # of dropout
+        optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+
+        for k in range(0, local, micro):
+            part = slice(k, k + micro)
+            x = images[part].to(device, non_blocking=True).permute(0, 3, 1, 2) / 127.5 - 1
+            x = torch.where(flip[part].to(device)[:, None, None, None], x.flip(3), x)
+            y = torch.where(drop[part], config.num_classes, labels[part].clamp(max=config.num_classes)).to(device)
+            eps = torch.stack([torch.randn(x.shape[1:], generator=generator.manual_seed(seed), device=device)
+                               for seed in seeds[part].tolist()])
+            t = sid2.low_discrepancy_times(place[part].to(device), config.batch, u)
+            logsnr, slope = sid2.schedule(t, config.image_size, config.noise_low, config.noise_high)
+            z, v = sid2.diffuse(x, eps, logsnr), sid2.v_from_x_eps(x, eps, logsnr)
+            with contextlib.nullcontext() if world == 1 or k + micro == local else model.no_sync():
+                with autocast(device, precision):
+                    v_hat = model(z, logsnr, y)
+                loss = sid2.sigmoid_loss(v_hat, v, logsnr, slope, config.bias).sum() / local
+                loss.backward()
+            loss_sum += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # [SD]
+        optimizer.step()
+        optimizer.zero_grad()
+        sid2.ema_update(ema, net, step, config.ema)
+
+        # bookkeeping: nothing above waits for the device, the lines below do, now and then
+        bar.update()
+        done, last = step + 1, step + 1 == config.steps
+        if done % config.log_every == 0 or last:
+            if world > 1:
+                dist.all_reduce(loss_sum)
+            count = min((done - 1) % config.log_every + 1, done - steps.start)
+            loss, seconds = loss_sum.item() / world / count, time.perf_counter() - since
+            if not math.isfinite(loss):
+                raise SystemExit(f"error: loss {loss} at step {done}: try a lower --lr or --precision fp32; {out} is as last saved")
+            if rank == 0:
+                rate, total = count * config.batch / seconds, state["seconds"] + time.perf_counter() - begun
+                row = [f"{loss:.6g}", f"{grad_norm.item():.6g}", f"{optimizer.param_groups[0]['lr']:.4g}", f"{rate:.1f}"]
+                csv.writer(log).writerow([done, done * config.batch, *row, f"{waited / seconds:.4f}", f"{total:.1f}"])
+                bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+            loss_sum.zero_()
+            waited, since = 0.0, time.perf_counter()
+        aside = time.perf_counter()
+        if rank == 0 and (done % config.sample_every == 0 or last):
+            shown = shown_classes(config.num_classes)
+            numbers = list(range(8 * len(shown)))
+            y = choose_labels(numbers, shown, config.num_classes)
+            with autocast(device, precision):
+                pictures = sample_images(ema, config, numbers, y, device, desc="samples")
+            grid(pictures, y, data.classes).save(out / f"samples/{done:07d}.png")
+        if rank == 0 and (done % config.save_every == 0 or last):
+            with replacing(out / "checkpoint.pt") as temporary:
+                torch.save(dict(config=asdict(config), net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                                step=done, random=dict(seed=args.seed), data=name, classes=data.classes if config.num_classes else [],
+                                seconds=state["seconds"] + time.perf_counter() - begun), temporary)
+        since += time.perf_counter() - aside
+    bar.close()
+    if rank == 0 and steps:
+        print(f"{config.steps} steps done, {(time.perf_counter() - begun) / 60:.1f} minutes: "
+              f"pictures in {out / 'samples'}, more with `python sample.py {out}`")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
