@@ -1,7 +1,7 @@
 """Samples from a run of train.py: a labelled grid, a folder of PNGs, or an npz for evaluation.
 
     python sample.py runs/shapes                                          a grid, one row per class
-    python sample.py runs/cifar10 --num 50000 --classes random --format npz
+    python sample.py runs/cifar10 --count 50000 --classes random --format npz
     torchrun --nproc_per_node=8 sample.py RUN ...                         the same images, the seeds shared out
 
 Image i depends on its seed alone. A run that was cut off goes on where it stopped when the command is given again.
@@ -9,12 +9,17 @@ Image i depends on its seed alone. A run that was cut off goes on where it stopp
 
 import argparse
 import contextlib
+import hashlib
+import itertools
 import json
+import math
 import os
+import secrets
 import shutil
 import sys
 import zipfile
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,34 +32,37 @@ import sid2
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong flags end like every other bad input: one line, exit code 2."""
+    """Wrong flags end like every other bad input, and a flag is what its whole name says."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         fail(f"{message} (--help lists the flags)")
 
 
-def fail(message: str):
-    """Bad input ends here: one line, exit code 2. All processes see the same input; the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
+def fail(message: str, everywhere: bool = False):
+    """Bad input ends here: one line, exit code 2. Of processes that all see it, the first one speaks."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def setup(name: str = "auto") -> tuple[int, int, torch.device]:
     """Rank, number of processes and device; joins the process group when torchrun has set RANK."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if name == "auto":  # MPS has no process group
+        mps = torch.backends.mps.is_available() and world == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} cannot be used by process {local} of this machine: {str(error).splitlines()[0]}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if "RANK" in os.environ:  # the others wait while the first decodes a data set or draws pictures
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     return rank, world, device
 
 
@@ -71,6 +79,34 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
+def make_config(**given) -> sid2.Config:
+    """The configuration, or the end of the script: one line that says which field, its rule and what came."""
+    c = sid2.Config(**given)
+    unit = c.patch_size * 2 ** (len(c.channels) - 1) or 1
+    heads = [n for n, kind in zip(c.channels, c.blocks) if kind == "T"]
+    rules = [
+        ("patch_size head_width noise_low noise_high steps batch sample_steps log_every sample_every save_every",
+         "must be at least 1", lambda n: n >= 1),
+        ("depth middle num_classes warmup micro_batch lr", "must not be negative", lambda n: n >= 0),
+        ("dropout ema label_dropout gamma", "must lie in [0, 1]", lambda a: 0 <= a <= 1),
+        ("lr bias guidance", "must be finite", math.isfinite),
+        ("width", "must be even and positive", lambda n: n > 0 and n % 2 == 0),
+        ("channels", "must be positive", lambda C: C and min(C) > 0),
+        ("channels", f"of T levels must be multiples of head_width {c.head_width}",
+         lambda _: all(n % c.head_width == 0 for n in heads)),
+        ("blocks", f"needs a letter R or T for each of the {len(c.channels)} channels",
+         lambda kinds: set(kinds) <= set("RT") and len(kinds) == len(c.channels)),
+        ("image_size", f"must be a multiple of {unit}, patch_size times 2 per lower level", lambda n: n > 0 and n % unit == 0),
+        ("sampler", "must be ddpm or ddim", lambda name: name in ("ddpm", "ddim")),
+        ("interval", "must be two numbers low < high", lambda i: len(i) == 2 and i[0] < i[1]),
+    ]
+    for names, rule, holds in rules:
+        for name in names.split():
+            if not holds(getattr(c, name)):
+                fail(f"{name} {rule}, got {getattr(c, name)}")
+    return c
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """The checkpoint at `path`, or in the run folder `path`. Never executes what it loads."""
     path = Path(path)
@@ -79,11 +115,10 @@ def load_checkpoint(path: str | Path) -> dict:
         fail(f"no checkpoint at {path}: give the folder or the checkpoint.pt of a run of train.py")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"] = sid2.Config(**state["config"])
-        assert {"net", "ema", "step", "classes"} <= state.keys()
-    except Exception as error:  # torch.load has no narrower common type
+        return {k: state[k] for k in ("net", "ema", "optimizer", "step", "random", "classes", "seconds", "loss_sum")} | {
+            "config": sid2.Config(**state["config"])}
+    except Exception as error:  # what torch.load raises has no narrower common type
         fail(f"{path} is truncated or no checkpoint of train.py ({type(error).__name__})")
-    return state
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
@@ -123,7 +158,7 @@ def choose_labels(seeds, classes: list, num_classes: int) -> list[int]:
 
 def shown_classes(num_classes: int) -> list[int]:
     """Up to ten classes for a grid, spread over all."""
-    return list(range(0, num_classes, max(1, num_classes // 10)))[:10] or [0]
+    return np.linspace(0, max(num_classes - 1, 0), min(max(num_classes, 1), 10)).astype(int).tolist()
 
 
 def grid(images: np.ndarray, labels: list[int], names: list[str]) -> Image.Image:
@@ -145,11 +180,14 @@ def grid(images: np.ndarray, labels: list[int], names: list[str]) -> Image.Image
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A temporary name beside `path` that takes its place when all has gone well: no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A temporary name beside `path` that takes its place when all has gone well: nobody reads half a file, and what
+    was there stays if the disk is full."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        fail(f"cannot write {path} ({str(error).splitlines()[0]}): nothing there was changed", everywhere=True)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -171,8 +209,9 @@ def main():
     parser.add_argument("run", help="folder or checkpoint.pt of a run of train.py")
     parser.add_argument("--out", help="file or folder to write; default: beside the checkpoint")
     parser.add_argument("--format", choices=["grid", "folder", "npz"], default="grid")
-    parser.add_argument("--num", type=int, help="number of images, seeds 0 to NUM - 1; default: 8 per class shown")
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "LAST"), help="in place of --num, both included")
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument("--count", type=int, help="number of images, seeds 0 to COUNT - 1; default: 8 per class shown")
+    number.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "LAST"), help="both included")
     parser.add_argument("--classes", nargs="+", help="numbers or names, taken in turn; `all` in turn; or `random`; "
                         "default: up to ten classes spread over all for a grid, otherwise all")
     parser.add_argument("--weights", choices=["ema", "raw"], default="ema")
@@ -183,24 +222,21 @@ def main():
     parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance where LOW <= logsnr < HIGH")
     parser.add_argument("--batch", type=int, default=64, help="images at once, per process")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     args = parser.parse_args()
 
     state = load_checkpoint(args.run)
     config, names = state["config"], state["classes"]
     flags = dict(sample_steps=args.steps, sampler=args.sampler, gamma=args.gamma, guidance=args.guidance,
                  interval=args.interval and tuple(args.interval))
-    try:
-        config = sid2.Config(**{**asdict(config), **{k: v for k, v in flags.items() if v is not None}})
-    except ValueError as error:
-        fail(error)
+    config = make_config(**asdict(config) | {k: v for k, v in flags.items() if v is not None})
     if config.num_classes == 0 and (args.classes or args.guidance not in (None, 1)):
         fail("this run has no classes: --classes and --guidance need a class-conditional one")
-    if args.batch < 1 or args.num is not None and args.num < 1:
-        fail("--batch and --num must be at least 1")
+    if args.batch < 1 or args.count is not None and args.count < 1:
+        fail("--batch and --count must be at least 1")
 
     shown = shown_classes(config.num_classes)
-    first, last = args.seeds or (0, (args.num or 8 * len(shown)) - 1)
+    first, last = args.seeds or (0, (args.count or 8 * len(shown)) - 1)
     if not 0 <= first <= last < 2**32:  # torch's CPU generator keeps 32 bits of a seed
         fail(f"--seeds must be 0 <= FIRST <= LAST < 2^32, got {first} {last}")
     everything = list(range(config.num_classes))
@@ -209,7 +245,7 @@ def main():
     elif args.classes in (["all"], ["random"]):
         classes = everything if args.classes == ["all"] else ["random"]
     else:
-        numbers = {**{name: i for i, name in enumerate(names)}, **{str(i): i for i in everything}}
+        numbers = {str(i): i for i in everything} | {name: i for i, name in enumerate(names)}  # a name wins
         classes = [numbers.get(c, -1) for c in args.classes]
         if -1 in classes:
             fail(f"--classes {args.classes[classes.index(-1)]}: this run has classes 0 to {config.num_classes - 1}: "
@@ -217,30 +253,49 @@ def main():
     seeds = list(range(first, last + 1))
     labels = choose_labels(seeds, classes, config.num_classes)
 
-    checkpoint = Path(args.run) / "checkpoint.pt" if Path(args.run).is_dir() else Path(args.run)
-    out = Path(args.out or checkpoint.parent / {"grid": "samples.png", "folder": "images", "npz": "samples.npz"}[args.format])
-    folder = out if args.format == "folder" else out.with_name(out.name + ".parts")
-    settings = dict(checkpoint=str(checkpoint), step=state["step"], weights=args.weights, seeds=[first, last], classes=classes,
-                    format=args.format, precision=args.precision, torch=torch.__version__, config=asdict(config))
-    settings = json.loads(json.dumps(settings))  # as it will be read back
-    beside = out.with_name(out.name + ".json")
-    before = json.loads(beside.read_text()) if beside.is_file() else None
     rank, world, device = setup(args.device)
-    if (out.exists() or folder.exists()) and before != settings:
-        changed = [k for k in settings if (before or {}).get(k) != settings[k]]
-        fail(f"{out} was made with other settings ({', '.join(changed)}): give another --out, or remove it")
-    if out.exists() and args.format != "folder":
-        return print(f"{out} is there already, with these settings") if rank == 0 else None
+    checkpoint = Path(args.run) / "checkpoint.pt" if Path(args.run).is_dir() else Path(args.run)
+    weights = state["ema" if args.weights == "ema" else "net"]
+    digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
+    settings = dict(checkpoint=str(checkpoint.resolve()), step=state["step"], weights=args.weights, sha256=digest,
+                    seeds=[first, last], classes=classes, format=args.format, precision=choose_precision(device, args.precision),
+                    device=device.type, torch=torch.__version__, config=asdict(config))
+    settings = json.loads(json.dumps(settings))  # as they will be read back
+
+    # images go to `folder` one by one, with the settings beside them, so that a run that was cut off can go on
+    stem, suffix = dict(grid=("samples", ".png"), folder=("images", ""), npz=("samples", ".npz"))[args.format]
+    numbered = (checkpoint.parent / f"{stem}{'' if n == 1 else f'-{n}'}{suffix}" for n in itertools.count(1))
+
+    def parts(out: Path) -> Path:
+        return out if args.format == "folder" else out.with_name(out.name + ".parts")
+
+    def earlier(out: Path) -> dict:
+        """Settings of what is there, whole or begun; where nothing is, ours."""
+        there = next((p for p in (parts(out), out) if p.is_file() or p.is_dir() and any(p.iterdir())), None)
+        try:
+            return json.loads(there.with_name(there.name + ".json").read_text()) if there else settings
+        except (OSError, ValueError):
+            return {}
+
+    out = Path(args.out) if args.out else next(path for path in numbered if earlier(path) == settings)
+    if earlier(out) != settings:
+        changed = ", ".join(k for k in settings if earlier(out).get(k) != settings[k])
+        fail(f"{out} or {parts(out)} was made with other settings ({changed}) or by something else: give another --out")
+    folder, finished = parts(out), out.is_file()
+    if world > 1:
+        dist.barrier()  # all have looked before one writes
+    if finished:
+        return print(f"{out} is there already, made with these settings") if rank == 0 else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(beside) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1))
     except OSError as error:
         fail(f"cannot write to {out}: {error}")
+    with replacing(folder.with_name(folder.name + ".json")) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1))
 
     net = sid2.UViT(config).to(device).eval()
     try:
-        net.load_state_dict(state["ema" if args.weights == "ema" else "net"])
+        net.load_state_dict(weights)
     except RuntimeError:
         fail(f"the weights in {checkpoint} do not fit its configuration: the file is damaged")
     if rank == 0:
@@ -258,7 +313,7 @@ def main():
                 with replacing(files[j]) as temporary:
                     Image.fromarray(image).save(temporary, "PNG")
     if world > 1:
-        dist.barrier()
+        dist.barrier()  # the last image is there
         dist.destroy_process_group()
     if rank == 0 and args.format != "folder":
         with replacing(out) as temporary:
@@ -266,9 +321,10 @@ def main():
                 write_npz(temporary, files, labels)
             else:
                 grid(np.stack([np.asarray(Image.open(file)) for file in files]), labels, names).save(temporary, "PNG")
+        os.replace(folder.with_name(folder.name + ".json"), out.with_name(out.name + ".json"))
         shutil.rmtree(folder)
     if rank == 0:
-        print(f"wrote {out} and {beside}")
+        print(f"wrote {out}, its settings beside it in {out.name}.json")
 
 
 if __name__ == "__main__":

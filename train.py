@@ -6,7 +6,7 @@
 
 The same command again goes on exactly where the run stopped. Whatever is random at step n is a function of the seed and
 n, or of the seed and the number of an image, counted over the run: nothing else needs to be remembered, and neither the
-number of processes nor the micro-batch changes what the network sees.
+number of processes nor the micro-batch changes what the network sees (dropout draws anew for each).
 """
 
 import argparse
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tarfile
 import time
 import zipfile
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sid2
-from sample import (Parser, autocast, choose_labels, choose_precision, fail, grid, load_checkpoint, replacing, sample_images,
+from sample import (Parser, autocast, choose_labels, choose_precision, fail, grid, load_checkpoint, make_config, replacing, sample_images,
                     setup, shown_classes)
 
 # ---------------------------------------------------------------------------------------------------
@@ -95,7 +96,10 @@ class Images:
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message names it."""
+    """An image that cannot be read; the message names it, and when it comes from a loader process it stands last."""
+
+    def end(self):
+        fail(str(self).strip().splitlines()[-1].split("ImageError: ")[-1], everywhere=True)
 
 
 class Files:
@@ -130,7 +134,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop, which the published ImageNet FIDs use: box by halves to less than twice the size, bicubic, centre."""
+    """ADM's crop, which the published ImageNet FIDs use: box by halves to less than twice the size, bicubic, centre.
+    (ADM itself does not turn images by their EXIF tag.)"""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -142,22 +147,16 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 class Cache:
     """Images in an .npy file, memory-mapped at each call, so that loader processes share nothing else.
 
-    The main process writes the file once, from `chunks` of bytes, while the others wait.
+    The main process of each machine writes the file once, from `chunks` of bytes; open_data lets the others wait.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], chunks, main: bool):
         self.path = path
         if main and not path.is_file():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as temporary, open(temporary, "wb") as out:
-                    np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
-                    for chunk in chunks:
-                        out.write(chunk)
-            except OSError as error:
-                fail(f"cannot write the cache {path} ({error}): give another --cache")
-        if dist.is_initialized():
-            dist.barrier()
+            with replacing(path) as temporary, open(temporary, "wb") as out:
+                np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
+                for chunk in chunks:
+                    out.write(chunk)
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         return np.load(self.path, mmap_mode="r")[index]
@@ -180,7 +179,6 @@ def open_cifar10(size: int, seed: int, cache: Path, main: bool) -> Images:
     if main and not archive.is_file():
         print(f"downloading {CIFAR10} to {archive}")
         try:
-            cache.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(CIFAR10, archive, hash_prefix=CIFAR10_SHA256)
         except (OSError, RuntimeError) as error:
             fail(f"could not download CIFAR-10 ({error}): fetch {CIFAR10} elsewhere and put it at {archive}")
@@ -209,50 +207,81 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
         fail(f"{path} is no npz with an array arr_0 ({error})")
     if dtype != np.uint8 or shape[1:] != (size, size, 3) or shape[0] == 0 or fortran:
         fail(f"{path}: arr_0 is {dtype} {shape}, it must be uint8 (N, {size}, {size}, 3), N at least 1, in C order")
-    if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0):
-        fail(f"{path}: arr_1 is {labels.dtype} {labels.shape}, it must be {shape[0]} integer labels from 0 up")
+    if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"
+                               or labels.min() < 0 or labels.max() >= shape[0]):
+        fail(f"{path}: arr_1 is {labels.dtype} {labels.shape}, it must be {shape[0]} integer labels from 0 up, "
+             "with no more classes than images")
+
+    def chunks():
+        try:
+            yield from iter(lambda: member.read(1 << 20), b"")
+        except Exception as error:  # of zip or zlib
+            fail(f"{path} is damaged ({error}): fetch or write it again", everywhere=True)
+
     stat = path.stat()
     target = cache / f"{fingerprint(path.resolve(), stat.st_size, stat.st_mtime_ns)}.npy"
-    read = Cache(target, shape, iter(lambda: member.read(1 << 20), b""), main)
+    read = Cache(target, shape, chunks(), main)
     classes = [] if labels is None else [str(i) for i in range(labels.max() + 1)]
     return Images(str(path), read, np.zeros(shape[0]) if labels is None else labels, classes, seed)
 
 
+SUFFIXES = ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
+
+
 def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, workers: int) -> Images:
-    """Images of a folder, nested. Its immediate sub-folders are the classes; without any it is unlabelled."""
-    known = Image.registered_extensions()
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
+    """Images of a folder, nested, through links, without what is hidden. Its immediate sub-folders are the classes;
+    without any it is unlabelled."""
+    files, seen = [], set()
+    for root, folders, names in os.walk(path.resolve(), followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if os.path.realpath(root) not in seen else []
+        seen.add(os.path.realpath(root))  # a link to a folder above is followed once
+        files += [Path(root, n) for n in sorted(names) if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
+    files = sorted(p for p in files if p.is_file())
     if not files:
-        fail(f"no images in {path} and its sub-folders: looked for .jpg, .png, .webp and Pillow's other formats")
-    tops = [p.relative_to(path).parts[0] if p.parent != path else "" for p in files]
+        fail(f"no images in {path} and its sub-folders: looked for {' '.join(SUFFIXES)}")
+    tops = [p.relative_to(path.resolve()).parts[0] if p.parent != path.resolve() else "" for p in files]
     classes = sorted(set(tops) - {""})
     if classes and "" in tops:
         fail(f"{path} has {tops.count('')} images beside its {len(classes)} class folders: put them into classes, or away")
-    labels = np.array([classes.index(top) if classes else 0 for top in tops])
+    number = {name: i for i, name in enumerate(classes or [""])}
+    labels = np.array([number[top] for top in tops])
 
-    shape, read = (len(files), size, size, 3), Files(files, size)
-    stats = [p.stat() for p in files]
-    name = fingerprint(size, *((p.resolve(), s.st_size, s.st_mtime_ns) for p, s in zip(files, stats)))
-    target, disk = cache / f"{name}.npy", next(p for p in [cache, *cache.parents] if p.exists())
-    if target.is_file() or math.prod(shape) < shutil.disk_usage(disk).free / 2:  # else each epoch decodes again
+    shape, read, stats = (len(files), size, size, 3), Files(files, size), [p.stat() for p in files]
+    target = cache / f"{fingerprint(size, *((p, s.st_size, s.st_mtime_ns) for p, s in zip(files, stats)))}.npy"
+    fits = target.is_file() or math.prod(shape) < shutil.disk_usage(cache).free / 2  # else each epoch decodes again
+    if dist.is_initialized():
+        dist.barrier()  # all have looked at the disk before one fills it
+    if fits:
         decoded = DataLoader(read, batch_size=32, num_workers=workers, collate_fn=np.stack)
-        bar = tqdm(decoded, f"decoding {len(files)} images into {target}", unit="batch of 32", disable=not main or target.is_file())
+        bar = tqdm(decoded, f"decoding {len(files)} images into {target}", unit="batch of 32",
+                   disable=not main or target.is_file())
         read = Cache(target, shape, bar, main)
     return Images(str(path), read, labels, classes, seed)
 
 
-def open_data(name: str, image_size: int, seed: int, cache: Path, main: bool = True, workers: int = 0):
-    """shapes, cifar10, FOLDER or FILE.npz."""
-    cache, path = Path(cache).expanduser(), Path(name)
+def open_data(name: str, image_size: int, seed: int, cache: Path, workers: int = 0):
+    """shapes, cifar10, FOLDER or FILE.npz. The first process of each machine writes the cache, the others wait."""
+    cache, path, main = Path(cache).expanduser(), Path(name), os.environ.get("LOCAL_RANK", "0") == "0"
     if name == "shapes":
         return Shapes(image_size, seed)
-    if name == "cifar10":
-        return open_cifar10(image_size, seed, cache, main)
-    if path.is_dir():
-        return open_folder(path, image_size, seed, cache, main, workers)
-    if path.is_file() and path.suffix == ".npz":
-        return open_npz(path, image_size, seed, cache, main)
-    fail(f"--data {name}: neither shapes, cifar10, a folder nor an .npz file")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to the cache {cache} ({error}): give another --cache")
+    try:
+        if name == "cifar10":
+            data = open_cifar10(image_size, seed, cache, main)
+        elif path.is_dir():
+            data = open_folder(path, image_size, seed, cache, main, workers)
+        elif path.is_file() and path.suffix == ".npz":
+            data = open_npz(path, image_size, seed, cache, main)
+        else:
+            fail(f"--data {name}: neither shapes, cifar10, a folder nor an .npz file")
+    except ImageError as error:
+        error.end()
+    if dist.is_initialized():
+        dist.barrier()
+    return data
 
 
 class Batches:
@@ -279,7 +308,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", default="~/.cache/sid2", help="folder for decoded data; default: %(default)s")
     parser.add_argument("--init-from", help="start from the EMA weights of this run or checkpoint; its trunk must fit")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
@@ -293,8 +322,8 @@ def parse() -> argparse.Namespace:
             several = isinstance(value, tuple)
             group.add_argument(flag, type=type(value[0] if several else value), nargs="+" if several else None)
     args = parser.parse_args()
-    if args.seed < 0 or (args.workers or 0) < 0:
-        fail(f"--seed and --workers must be at least 0, got {args.seed} and {args.workers}")
+    if not 0 <= args.seed < 2**31 or (args.workers or 0) < 0:
+        fail(f"--seed must be 0 to 2^31 - 1 and --workers at least 0, got {args.seed} and {args.workers}")
     return args
 
 
@@ -315,14 +344,15 @@ def check_folder(out: Path, settings: dict):
 
 
 def init_from(path: str, net: sid2.UViT) -> str:
-    """Takes over the EMA weights of another run wherever shapes agree; in the trunk all must. Says what was not."""
+    """Takes over the EMA weights of another run wherever shapes agree; the trunks must be the same. Says what was not."""
     theirs, mine = load_checkpoint(path)["ema"], net.state_dict()
-    fits = {k for k in mine if k in theirs and theirs[k].shape == mine[k].shape}
-    misfits = {k for k in mine if k.split(".")[0] in ("blocks_down", "down", "middle", "up", "blocks_up")} - fits
-    if misfits:
-        fail(f"--init-from {path}: its trunk does not fit, for example {min(misfits)}")
+    fits = {k for k in mine.keys() & theirs.keys() if theirs[k].shape == mine[k].shape}
+    trunk = {k for k in mine.keys() | theirs.keys() if k.split(".")[0] in ("blocks_down", "down", "middle", "up", "blocks_up")}
+    if trunk - fits:
+        fail(f"--init-from {path}: its trunk does not fit, for example {min(trunk - fits)}")
     net.load_state_dict({k: theirs[k] if k in fits else mine[k] for k in mine})
-    return f"{len(fits)} of {len(mine)} tensors from {path}, started afresh: {', '.join(sorted(mine.keys() - fits)) or 'none'}"
+    return (f"{len(fits)} of {len(mine)} tensors from {path}; not taken over: {', '.join(sorted(theirs.keys() - fits)) or 'none'}"
+            f"; started afresh: {', '.join(sorted(mine.keys() - fits)) or 'none'}")
 
 
 def open_log(path: Path, step: int):
@@ -342,44 +372,51 @@ def main():
     out, name = Path(args.out or f"runs/{args.preset}"), args.data or {"shapes": "shapes", "cifar10": "cifar10"}.get(args.preset)
     if name is None:
         fail(f"--preset {args.preset} needs --data: a folder of images or an npz")
-    try:
-        config = sid2.Config(**preset | given)
-        workers = min(8, os.cpu_count() // world) if args.workers is None else args.workers
-        data = open_data(name, config.image_size, args.seed, args.cache, rank == 0, workers)
-        config = sid2.Config(**preset | {"num_classes": len(data.classes)} | given)
-    except ValueError as error:  # of a loader process, the message comes last
-        fail(str(error).strip().splitlines()[-1].split("ImageError: ")[-1])
+    if "image_size" in given and preset["noise_high"] == preset["image_size"]:
+        given.setdefault("noise_high", given["image_size"])  # "the image size" stays that
+    config = make_config(**preset | given)
+    workers = min(8, os.cpu_count() // world) if args.workers is None else args.workers
+    data = open_data(name, config.image_size, args.seed, args.cache, workers)
+    config = make_config(**preset | {"num_classes": len(data.classes)} | given)
     if config.num_classes not in (0, len(data.classes)):
         fail(f"--num-classes {config.num_classes}: {data.name} has {len(data.classes)} classes")
     local = config.batch // world  # images of this process, per step
     micro = config.micro_batch or local
     if config.batch % world or local % micro:
         fail(f"batch {config.batch} is not divisible by {world} processes times micro-batch {micro}")
-    settings = json.loads(json.dumps(asdict(config) | dict(data=name, seed=args.seed, init_from=args.init_from)))
+    names = data.classes if config.num_classes else []
+    precision = choose_precision(device, args.precision)
+    where = str(Path(name).resolve()) if Path(name).exists() and name not in ("shapes", "cifar10") else name
+    settings = asdict(config) | dict(data=where, images=data.counts and sum(data.counts), seed=args.seed,
+                                     precision=precision, init_from=args.init_from)
+    settings = json.loads(json.dumps(settings))  # as they will be read back
     check_folder(out, settings)
 
     torch.manual_seed(args.seed)
     net, taken = sid2.UViT(config).to(device), None
     optimizer = torch.optim.Adam(net.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)  # [SD]
-    state = load_checkpoint(out) if (out / "checkpoint.pt").exists() else dict(step=0, seconds=0.0)
+    state = load_checkpoint(out) if (out / "checkpoint.pt").exists() else dict(step=0, seconds=0.0, loss_sum=0.0)
     if state["step"] == 0 and args.init_from:
         taken = init_from(args.init_from, net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state["step"] > 0:
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            net.load_state_dict(state.pop("net"))
+            ema.load_state_dict(state.pop("ema"))
+            optimizer.load_state_dict(state.pop("optimizer"))
+        except (KeyError, RuntimeError, ValueError):
+            fail(f"the weights in {out / 'checkpoint.pt'} do not fit its configuration: the file is damaged")
     net.checkpointing = args.checkpointing
     if args.compile or args.compile is None and device.type == "cuda":
         net.compile()
     model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
-    precision = choose_precision(device, args.precision)
 
     if rank == 0:
         try:
-            (out / "samples").mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
             with replacing(out / "config.json") as temporary:
                 temporary.write_text(json.dumps(settings, indent=1))
+            (out / "samples").mkdir(exist_ok=True)
             log = open_log(out / "log.csv", state["step"])
         except OSError as error:
             fail(f"cannot write to {out}: {error}")
@@ -399,7 +436,8 @@ def main():
     batches = iter(DataLoader(Batches(data, config.batch, share), batch_size=None, sampler=steps, pin_memory=device.type == "cuda",
                               num_workers=0 if in_memory and args.workers is None else workers))
     generator, place = torch.Generator(device), torch.arange(config.batch)[share]
-    loss_sum, waited = torch.zeros((), device=device), 0.0
+    loss_sum = torch.tensor(state["loss_sum"] if rank == 0 else 0.0, device=device)  # since the last row of the log
+    norm_sum, waited, since_step = torch.zeros((), device=device), 0.0, steps.start
     begun = since = time.perf_counter()
     model.train()
     bar = tqdm(total=config.steps, initial=state["step"], unit="step", disable=rank > 0)
@@ -408,7 +446,7 @@ def main():
         try:
             images, labels = next(batches)
         except ImageError as error:
-            fail(str(error).strip().splitlines()[-1].split("ImageError: ")[-1])
+            error.end()
         waited += time.perf_counter() - waiting
 
         rng = np.random.default_rng([args.seed, step])  # draws for the whole batch; each process takes its share
@@ -420,7 +458,7 @@ def main():
 
         for k in range(0, local, micro):
             part = slice(k, k + micro)
-            x = images[part].to(device, non_blocking=True).permute(0, 3, 1, 2) / 127.5 - 1
+            x = images[part].to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2) / 127.5 - 1
             x = torch.where(flip[part].to(device)[:, None, None, None], x.flip(3), x)
             y = torch.where(drop[part], config.num_classes, labels[part].clamp(max=config.num_classes)).to(device)
             eps = torch.stack([torch.randn(x.shape[1:], generator=generator.manual_seed(seed), device=device)
@@ -439,36 +477,45 @@ def main():
         optimizer.zero_grad()
         sid2.ema_update(ema, net, step, config.ema)
 
-        # bookkeeping: nothing above waits for the device, the lines below do, now and then
+        norm_sum += grad_norm
+
+        # bookkeeping: nothing above waits for the device; below, the steps that log, draw or save do
         bar.update()
         done, last = step + 1, step + 1 == config.steps
-        if done % config.log_every == 0 or last:
-            if world > 1:
-                dist.all_reduce(loss_sum)
-            count = min((done - 1) % config.log_every + 1, done - steps.start)
-            loss, seconds = loss_sum.item() / world / count, time.perf_counter() - since
-            if not math.isfinite(loss):
-                raise SystemExit(f"error: loss {loss} at step {done}: try a lower --lr or --precision fp32; {out} is as last saved")
+        logs, draws, saves = (last or done % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
+        if (logs or saves) and not math.isfinite(norm_sum.item()):  # the same on every process
             if rank == 0:
-                rate, total = count * config.batch / seconds, state["seconds"] + time.perf_counter() - begun
-                row = [f"{loss:.6g}", f"{grad_norm.item():.6g}", f"{optimizer.param_groups[0]['lr']:.4g}", f"{rate:.1f}"]
-                csv.writer(log).writerow([done, done * config.batch, *row, f"{waited / seconds:.4f}", f"{total:.1f}"])
+                print(f"\nerror: the gradient is not finite, within the last {config.log_every} steps before {done}: try a lower "
+                      f"--lr or --precision fp32; {out} is as last saved", file=sys.stderr)
+            raise SystemExit(1)
+        if logs or saves:
+            total = loss_sum.clone()  # over the processes
+            if world > 1:
+                dist.all_reduce(total)
+        if logs:
+            loss, now = total.item() / world / ((done - 1) % config.log_every + 1), time.perf_counter()
+            rate = (done - since_step) * config.batch / (now - since)
+            if rank == 0:
+                row = [f"{loss:.6g}", f"{grad_norm.item():.6g}", f"{optimizer.param_groups[0]['lr']:.4g}", f"{rate:.1f}",
+                       f"{waited / (now - since):.4f}", f"{state['seconds'] + now - begun:.1f}"]
+                log.write(",".join([str(done), str(done * config.batch), *row]) + "\n")
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-            loss_sum.zero_()
-            waited, since = 0.0, time.perf_counter()
+            loss_sum.zero_(), total.zero_(), norm_sum.zero_()
+            waited, since, since_step = 0.0, now, done
         aside = time.perf_counter()
-        if rank == 0 and (done % config.sample_every == 0 or last):
+        if rank == 0 and draws:
             shown = shown_classes(config.num_classes)
             numbers = list(range(8 * len(shown)))
             y = choose_labels(numbers, shown, config.num_classes)
             with autocast(device, precision):
                 pictures = sample_images(ema, config, numbers, y, device, desc="samples")
-            grid(pictures, y, data.classes).save(out / f"samples/{done:07d}.png")
-        if rank == 0 and (done % config.save_every == 0 or last):
+            with replacing(out / f"samples/{done:07d}.png") as temporary:
+                grid(pictures, y, names).save(temporary, "PNG")
+        if rank == 0 and saves:
             with replacing(out / "checkpoint.pt") as temporary:
-                torch.save(dict(config=asdict(config), net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                                step=done, random=dict(seed=args.seed), data=name, classes=data.classes if config.num_classes else [],
-                                seconds=state["seconds"] + time.perf_counter() - begun), temporary)
+                torch.save(dict(config=asdict(config), net=net.state_dict(), ema=ema.state_dict(), step=done, classes=names,
+                                optimizer=optimizer.state_dict(), random=dict(seed=args.seed, images=done * config.batch),
+                                seconds=state["seconds"] + aside - begun, loss_sum=total.item()), temporary)
         since += time.perf_counter() - aside
     bar.close()
     if rank == 0 and steps:
