@@ -1,10 +1,10 @@
 """Samples from a run of train.py: a labelled grid, a folder of PNGs, or an npz for evaluation.
 
-    python sample.py runs/shapes                                          a grid, one row per class
+    python sample.py runs/shapes                               a grid, one row per class
     python sample.py runs/cifar10 --count 50000 --classes random --format npz
-    torchrun --nproc_per_node=8 sample.py RUN ...                         the same images, the seeds shared out
+    torchrun --nproc_per_node=8 sample.py RUN ...              the same images, the seeds shared out
 
-Image i depends on its seed alone. A run that was cut off goes on where it stopped when the command is given again.
+Image i depends on its seed alone. A run that was cut off goes on when the command is given again.
 """
 
 import argparse
@@ -30,6 +30,16 @@ from tqdm import tqdm
 
 import sid2
 
+# --------------------------------------------------------------------------------------------------
+# 1. What the scripts share: errors, devices, configurations, checkpoints
+
+
+def fail(message: str, everywhere: bool = False):
+    """Bad input ends here: one line, exit code 2. Where all processes see it, the first speaks."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
 
 class Parser(argparse.ArgumentParser):
     """Wrong flags end like every other bad input, and a flag is what its whole name says."""
@@ -41,16 +51,10 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (--help lists the flags)")
 
 
-def fail(message: str, everywhere: bool = False):
-    """Bad input ends here: one line, exit code 2. Of processes that all see it, the first one speaks."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
 def setup(name: str = "auto") -> tuple[int, int, torch.device]:
-    """Rank, number of processes and device; joins the process group when torchrun has set RANK."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Rank, number of processes, device; joins the process group if torchrun has set RANK."""
+    alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
+    rank, world, local = (int(os.environ.get(key, value)) for key, value in alone.items())
     if name == "auto":  # MPS has no process group
         mps = torch.backends.mps.is_available() and world == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -58,11 +62,13 @@ def setup(name: str = "auto") -> tuple[int, int, torch.device]:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name} cannot be used by process {local} of this machine: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        fail(f"--device {name} cannot be used by process {local} of this machine: {reason}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:  # the others wait while the first decodes a data set or draws pictures
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    if "RANK" in os.environ:  # the others wait while the first decodes data or draws pictures
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
     return rank, world, device
 
 
@@ -70,24 +76,30 @@ def choose_precision(device: torch.device, precision: str) -> str:
     """bf16 or fp32; auto is bf16 where the hardware multiplies it."""
     if precision != "auto":
         return precision
-    cpu = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bf16" if cpu or device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if fast else "fp32"
 
 
 def autocast(device: torch.device, precision: str):
     """bf16: autocast around float32 weights; fp32: nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def make_config(**given) -> sid2.Config:
-    """The configuration, or the end of the script: one line that says which field, its rule and what came."""
+    """The configuration, or one line that says which field, its rule and what came."""
     c = sid2.Config(**given)
     unit = c.patch_size * 2 ** (len(c.channels) - 1) or 1
     heads = [n for n, kind in zip(c.channels, c.blocks) if kind == "T"]
     rules = [
-        ("patch_size head_width noise_low noise_high steps batch sample_steps log_every sample_every save_every",
-         "must be at least 1", lambda n: n >= 1),
-        ("depth middle num_classes warmup micro_batch lr", "must not be negative", lambda n: n >= 0),
+        ("patch_size head_width noise_low noise_high steps batch sample_steps log_every "
+         "sample_every save_every", "must be at least 1", lambda n: n >= 1),
+        ("depth middle num_classes warmup micro_batch lr", "must not be negative",
+         lambda n: n >= 0),
         ("dropout ema label_dropout gamma", "must lie in [0, 1]", lambda a: 0 <= a <= 1),
         ("lr bias guidance", "must be finite", math.isfinite),
         ("width", "must be even and positive", lambda n: n > 0 and n % 2 == 0),
@@ -96,7 +108,8 @@ def make_config(**given) -> sid2.Config:
          lambda _: all(n % c.head_width == 0 for n in heads)),
         ("blocks", f"needs a letter R or T for each of the {len(c.channels)} channels",
          lambda kinds: set(kinds) <= set("RT") and len(kinds) == len(c.channels)),
-        ("image_size", f"must be a multiple of {unit}, patch_size times 2 per lower level", lambda n: n > 0 and n % unit == 0),
+        ("image_size", f"must be a multiple of {unit}, patch_size times 2 per lower level",
+         lambda n: n > 0 and n % unit == 0),
         ("sampler", "must be ddpm or ddim", lambda name: name in ("ddpm", "ddim")),
         ("interval", "must be two numbers low < high", lambda i: len(i) == 2 and i[0] < i[1]),
     ]
@@ -115,40 +128,57 @@ def load_checkpoint(path: str | Path) -> dict:
         fail(f"no checkpoint at {path}: give the folder or the checkpoint.pt of a run of train.py")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: state[k] for k in ("net", "ema", "optimizer", "step", "random", "classes", "seconds", "loss_sum")} | {
-            "config": sid2.Config(**state["config"])}
+        state["config"] = sid2.Config(**state["config"])
+        keys = "config net ema optimizer step random classes seconds loss_sum".split()
+        return {key: state[key] for key in keys}
     except Exception as error:  # what torch.load raises has no narrower common type
         fail(f"{path} is truncated or no checkpoint of train.py ({type(error).__name__})")
 
 
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A temporary name beside `path` that takes its place when all has gone well.
+
+    So nobody reads half a file, and what was there stays if the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = str(error).splitlines()[0]
+        fail(f"cannot write {path} ({reason}): nothing there was changed", everywhere=True)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Images
+
+
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8; maps v / 127.5 - 1 back to v for all 256 values."""
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3); v / 127.5 - 1 becomes v again for all 256 values."""
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def schedule(config: sid2.Config, steps: int) -> torch.Tensor:
-    """logsnr at t = 1, 1 - 1/S, ..., 1/S."""
-    t = torch.arange(steps, 0, -1) / steps
-    return sid2.schedule(t, config.image_size, config.noise_low, config.noise_high)[0]
-
-
-def sample_images(net, config: sid2.Config, seeds, labels, device, batch: int = 64, **progress) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 of these seeds and labels, as config's sampling fields say, in batches."""
-    images, logsnr = [], schedule(config, config.sample_steps)
-    with tqdm(total=len(seeds) * len(logsnr), unit="step", leave=False, **progress) as bar:
-        for i in range(0, len(seeds), batch):
-            y = torch.tensor(labels[i : i + batch], device=device)
-            steps = sid2.sample_steps(net, seeds[i : i + batch], y, config.num_classes, logsnr, config.image_size,
-                                      config.sampler, config.gamma, config.guidance if config.num_classes else 1.0,
-                                      config.interval)
-            for _, x_hat in steps:
+def sample_images(net, config: sid2.Config, seeds, labels, device, **progress) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 of seeds and labels, sampled as config says, 64 at once."""
+    t, images = torch.arange(config.sample_steps, 0, -1) / config.sample_steps, []
+    logsnr, _ = sid2.schedule(t, config.image_size, config.noise_low, config.noise_high)
+    scale = config.guidance if config.num_classes else 1.0
+    with tqdm(total=len(seeds) * len(t), unit="step", leave=False, **progress) as bar:
+        for i in range(0, len(seeds), 64):
+            y = torch.tensor(labels[i : i + 64], device=device)
+            for _, x_hat in sid2.sample_steps(net, seeds[i : i + 64], y, config.num_classes, logsnr,
+                                              config.image_size, config.sampler, config.gamma,
+                                              scale, config.interval):
                 bar.update(len(y))
             images.append(to_uint8(x_hat))
     return np.concatenate(images)
 
 
 def choose_labels(seeds, classes: list, num_classes: int) -> list[int]:
-    """Label of each seed: `classes` in turn, or drawn from the seed alone when classes is ["random"]."""
+    """Label of each seed: `classes` in turn; drawn from the seed alone if they are ["random"]."""
     if num_classes == 0:
         return [0] * len(seeds)
     if classes == ["random"]:
@@ -157,130 +187,142 @@ def choose_labels(seeds, classes: list, num_classes: int) -> list[int]:
 
 
 def shown_classes(num_classes: int) -> list[int]:
-    """Up to ten classes for a grid, spread over all."""
-    return np.linspace(0, max(num_classes - 1, 0), min(max(num_classes, 1), 10)).astype(int).tolist()
+    """Up to ten classes for a grid, spread over all; [0] without classes."""
+    last = max(num_classes - 1, 0)
+    return np.linspace(0, last, min(last + 1, 10)).astype(int).tolist()
 
 
 def grid(images: np.ndarray, labels: list[int], names: list[str]) -> Image.Image:
-    """One row per class, its name on the left; small images enlarged by a whole factor without smoothing."""
+    """Rows of one class, its name on the left; small images enlarged without smoothing."""
     rows, columns = [], 16
     for label in sorted(set(labels)):
         mine = [image for image, other in zip(images, labels) if other == label]
-        rows += [(names[label] if names else "", mine[i : i + columns]) for i in range(0, len(mine), columns)]
+        name = names[label] if names else ""
+        rows += [(name, mine[i : i + columns]) for i in range(0, len(mine), columns)]
     size = images.shape[1] * max(1, round(64 / images.shape[1]))
-    font = ImageFont.load_default(13)
+    font, cell = ImageFont.load_default(13), size + 2
     margin = 8 + max(int(font.getlength(name)) for name, _ in rows) if names else 0
-    page = Image.new("RGB", (margin + (size + 2) * max(len(row) for _, row in rows), (size + 2) * len(rows)), "white")
+    width = margin + cell * max(len(row) for _, row in rows)
+    page = Image.new("RGB", (width, cell * len(rows)), "white")
     for r, (name, row) in enumerate(rows):
-        ImageDraw.Draw(page).text((4, r * (size + 2) + size // 2 - 8), name, "black", font)
+        ImageDraw.Draw(page).text((4, r * cell + size // 2 - 8), name, "black", font)
         for c, image in enumerate(row):
-            page.paste(Image.fromarray(image).resize((size, size), Image.NEAREST), (margin + c * (size + 2), r * (size + 2)))
+            image = Image.fromarray(image).resize((size, size), Image.NEAREST)
+            page.paste(image, (margin + c * cell, r * cell))
     return page
 
 
-@contextlib.contextmanager
-def replacing(path: Path):
-    """A temporary name beside `path` that takes its place when all has gone well: nobody reads half a file, and what
-    was there stays if the disk is full."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}): nothing there was changed", everywhere=True)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_npz(path: Path, files: list[Path], labels: list[int]):
-    """arr_0 (N, H, W, 3) uint8, arr_1 (N,) int64, in the order of the seeds; one image in memory at a time."""
+    """arr_0 (N, H, W, 3) uint8 and arr_1 (N,) int64 in the order of the seeds, image by image."""
     shape = (len(files), *np.asarray(Image.open(files[0])).shape)
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as out:
-            np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
+            header = dict(descr="|u1", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(out, header)
             for file in files:
                 out.write(np.asarray(Image.open(file)).tobytes())
         with archive.open("arr_1.npy", "w") as out:
             np.lib.format.write_array(out, np.asarray(labels))
 
 
-def main():
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("run", help="folder or checkpoint.pt of a run of train.py")
-    parser.add_argument("--out", help="file or folder to write; default: beside the checkpoint")
-    parser.add_argument("--format", choices=["grid", "folder", "npz"], default="grid")
-    number = parser.add_mutually_exclusive_group()
-    number.add_argument("--count", type=int, help="number of images, seeds 0 to COUNT - 1; default: 8 per class shown")
-    number.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "LAST"), help="both included")
-    parser.add_argument("--classes", nargs="+", help="numbers or names, taken in turn; `all` in turn; or `random`; "
-                        "default: up to ten classes spread over all for a grid, otherwise all")
-    parser.add_argument("--weights", choices=["ema", "raw"], default="ema")
-    parser.add_argument("--steps", type=int, help="default of this and the next four: the run's configuration")
-    parser.add_argument("--sampler", choices=["ddpm", "ddim"])
-    parser.add_argument("--gamma", type=float, help="DDPM noise between lower (0) and upper (1) bound")
-    parser.add_argument("--guidance", type=float, help="scale; 1 is none")
-    parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guidance where LOW <= logsnr < HIGH")
-    parser.add_argument("--batch", type=int, default=64, help="images at once, per process")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    args = parser.parse_args()
+# --------------------------------------------------------------------------------------------------
+# 3. The script
 
+
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("run", help="folder or checkpoint.pt of a run of train.py")
+    add("--out", help="what to write; default: beside the checkpoint, under a name that is free")
+    add("--format", choices=["grid", "folder", "npz"], default="grid")
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument("--count", type=int, help="seeds 0 to COUNT - 1; default: 8 a class shown")
+    number.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "LAST"), help="inclusive")
+    add("--classes", nargs="+", help="names or numbers, taken in turn; all; random; default: "
+        "for a grid up to ten spread over all, else all")
+    add("--weights", choices=["ema", "raw"], default="ema")
+    add("--steps", type=int, help="default of this and the next four: as the run was configured")
+    add("--sampler", choices=["ddpm", "ddim"])
+    add("--gamma", type=float, help="DDPM noise between its lower (0) and upper (1) bound")
+    add("--guidance", type=float, help="scale; 1 is none")
+    add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guidance where LOW <= logsnr < HIGH; -99 99 is everywhere")
+    add("--batch", type=int, default=64, help="images at once, up to 64; default: %(default)s")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    return parser.parse_args()
+
+
+def find_classes(given: list[str] | None, names: list[str], num_classes: int, shown: list) -> list:
+    """--classes as numbers, or ["random"]."""
+    everything = list(range(num_classes))
+    if given is None:
+        return shown
+    if given in (["all"], ["random"]):
+        return everything if given == ["all"] else given
+    numbers = {str(i): i for i in everything} | {name: i for i, name in enumerate(names)}
+    for name in given:
+        if name not in numbers:
+            known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            fail(f"--classes {name}: this run has classes 0 to {num_classes - 1}: {known}")
+    return [numbers[name] for name in given]
+
+
+def main():
+    args = parse()
     state = load_checkpoint(args.run)
-    config, names = state["config"], state["classes"]
-    flags = dict(sample_steps=args.steps, sampler=args.sampler, gamma=args.gamma, guidance=args.guidance,
-                 interval=args.interval and tuple(args.interval))
-    config = make_config(**asdict(config) | {k: v for k, v in flags.items() if v is not None})
+    flags = dict(sample_steps=args.steps, sampler=args.sampler, gamma=args.gamma,
+                 guidance=args.guidance, interval=args.interval and tuple(args.interval))
+    given = {key: value for key, value in flags.items() if value is not None}
+    config, names = make_config(**asdict(state["config"]) | given), state["classes"]
     if config.num_classes == 0 and (args.classes or args.guidance not in (None, 1)):
         fail("this run has no classes: --classes and --guidance need a class-conditional one")
     if args.batch < 1 or args.count is not None and args.count < 1:
         fail("--batch and --count must be at least 1")
-
     shown = shown_classes(config.num_classes)
     first, last = args.seeds or (0, (args.count or 8 * len(shown)) - 1)
     if not 0 <= first <= last < 2**32:  # torch's CPU generator keeps 32 bits of a seed
         fail(f"--seeds must be 0 <= FIRST <= LAST < 2^32, got {first} {last}")
-    everything = list(range(config.num_classes))
-    if args.classes is None:
-        classes = shown if args.format == "grid" else everything
-    elif args.classes in (["all"], ["random"]):
-        classes = everything if args.classes == ["all"] else ["random"]
-    else:
-        numbers = {str(i): i for i in everything} | {name: i for i, name in enumerate(names)}  # a name wins
-        classes = [numbers.get(c, -1) for c in args.classes]
-        if -1 in classes:
-            fail(f"--classes {args.classes[classes.index(-1)]}: this run has classes 0 to {config.num_classes - 1}: "
-                 + ", ".join(names[:20]) + (", ..." if len(names) > 20 else ""))
+    default = shown if args.format == "grid" else list(range(config.num_classes))
+    classes = find_classes(args.classes, names, config.num_classes, default)
     seeds = list(range(first, last + 1))
     labels = choose_labels(seeds, classes, config.num_classes)
 
     rank, world, device = setup(args.device)
+    precision = choose_precision(device, args.precision)
     checkpoint = Path(args.run) / "checkpoint.pt" if Path(args.run).is_dir() else Path(args.run)
     weights = state["ema" if args.weights == "ema" else "net"]
     digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
-    settings = dict(checkpoint=str(checkpoint.resolve()), step=state["step"], weights=args.weights, sha256=digest,
-                    seeds=[first, last], classes=classes, format=args.format, precision=choose_precision(device, args.precision),
-                    device=device.type, torch=torch.__version__, config=asdict(config))
+    settings = dict(checkpoint=str(checkpoint.resolve()), step=state["step"], weights=args.weights,
+                    sha256=digest, seeds=[first, last], classes=classes, format=args.format,
+                    precision=precision, device=device.type, torch=torch.__version__,
+                    config=asdict(config))
     settings = json.loads(json.dumps(settings))  # as they will be read back
 
-    # images go to `folder` one by one, with the settings beside them, so that a run that was cut off can go on
-    stem, suffix = dict(grid=("samples", ".png"), folder=("images", ""), npz=("samples", ".npz"))[args.format]
-    numbered = (checkpoint.parent / f"{stem}{'' if n == 1 else f'-{n}'}{suffix}" for n in itertools.count(1))
-
+    # images go one by one to a folder, its settings beside it, so that a cut-off run can go on
     def parts(out: Path) -> Path:
         return out if args.format == "folder" else out.with_name(out.name + ".parts")
 
+    def json_of(path: Path) -> Path:
+        return path.with_name(path.name + ".json")
+
     def earlier(out: Path) -> dict:
         """Settings of what is there, whole or begun; where nothing is, ours."""
-        there = next((p for p in (parts(out), out) if p.is_file() or p.is_dir() and any(p.iterdir())), None)
-        try:
-            return json.loads(there.with_name(there.name + ".json").read_text()) if there else settings
-        except (OSError, ValueError):
-            return {}
+        for path in (parts(out), out):
+            if path.is_file() or path.is_dir() and any(path.iterdir()):
+                try:
+                    return json.loads(json_of(path).read_text())
+                except (OSError, ValueError):
+                    return {}
+        return settings
 
-    out = Path(args.out) if args.out else next(path for path in numbered if earlier(path) == settings)
+    name = dict(grid="samples{}.png", folder="images{}", npz="samples{}.npz")[args.format]
+    numbered = (checkpoint.parent / name.format(f"-{n}" if n else "") for n in itertools.count())
+    out = Path(args.out) if args.out else next(p for p in numbered if earlier(p) == settings)
     if earlier(out) != settings:
-        changed = ", ".join(k for k in settings if earlier(out).get(k) != settings[k])
-        fail(f"{out} or {parts(out)} was made with other settings ({changed}) or by something else: give another --out")
+        changed = ", ".join(key for key in settings if earlier(out).get(key) != settings[key])
+        fail(f"{out} or {parts(out)} was made with other settings ({changed}) or by something "
+             "else: give another --out")
     folder, finished = parts(out), out.is_file()
     if world > 1:
         dist.barrier()  # all have looked before one writes
@@ -290,7 +332,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to {out}: {error}")
-    with replacing(folder.with_name(folder.name + ".json")) as temporary:
+    with replacing(json_of(folder)) as temporary:
         temporary.write_text(json.dumps(settings, indent=1))
 
     net = sid2.UViT(config).to(device).eval()
@@ -299,19 +341,21 @@ def main():
     except RuntimeError:
         fail(f"the weights in {checkpoint} do not fit its configuration: the file is damaged")
     if rank == 0:
-        print(f"{checkpoint}, step {state['step']}, {args.weights} weights, {len(seeds)} images, {config.sampler} "
-              f"{config.sample_steps} steps, guidance {config.guidance} for logsnr in {list(config.interval)}, {device}")
+        print(f"{checkpoint}, step {state['step']}, {args.weights} weights, {len(seeds)} images, "
+              f"{config.sampler} {config.sample_steps} steps, guidance {config.guidance} for "
+              f"logsnr in {list(config.interval)}, {world} x {device}, {precision}")
 
     files = [folder / f"{seed:06d}.png" for seed in seeds]
     missing = [i for i in range(rank, len(files), world) if not files[i].exists()]
-    with autocast(device, choose_precision(device, args.precision)):
-        for i in range(0, len(missing), args.batch):
-            part = missing[i : i + args.batch]
-            images = sample_images(net, config, [seeds[j] for j in part], [labels[j] for j in part], device, args.batch,
-                                   desc=f"{i}/{len(missing)}", disable=rank > 0)
-            for j, image in zip(part, images):
-                with replacing(files[j]) as temporary:
-                    Image.fromarray(image).save(temporary, "PNG")
+    batch = min(args.batch, 64)
+    for k in range(0, len(missing), batch):
+        part = missing[k : k + batch]
+        with autocast(device, precision):
+            images = sample_images(net, config, [seeds[i] for i in part], [labels[i] for i in part],
+                                   device, desc=f"{k} of {len(missing)}", disable=rank > 0)
+        for i, image in zip(part, images):
+            with replacing(files[i]) as temporary:
+                Image.fromarray(image).save(temporary, "PNG")
     if world > 1:
         dist.barrier()  # the last image is there
         dist.destroy_process_group()
@@ -320,11 +364,12 @@ def main():
             if args.format == "npz":
                 write_npz(temporary, files, labels)
             else:
-                grid(np.stack([np.asarray(Image.open(file)) for file in files]), labels, names).save(temporary, "PNG")
-        os.replace(folder.with_name(folder.name + ".json"), out.with_name(out.name + ".json"))
+                images = np.stack([np.asarray(Image.open(file)) for file in files])
+                grid(images, labels, names).save(temporary, "PNG")
+        os.replace(json_of(folder), json_of(out))
         shutil.rmtree(folder)
     if rank == 0:
-        print(f"wrote {out}, its settings beside it in {out.name}.json")
+        print(f"wrote {out}, its settings beside it in {json_of(out).name}")
 
 
 if __name__ == "__main__":

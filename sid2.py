@@ -87,8 +87,8 @@ PRESETS = {
                      lr=2e-3, warmup=100, flip=False, sample_every=300, save_every=300,
                      sample_steps=32, interval=(-6.0, 6.0)),  # [ours]
     "cifar10": Config(32, 1, (128, 256, 512), "RTT", middle=8, width=512, head_width=64,
-                      num_classes=10, noise_high=32, bias=2.0, steps=40_000, batch=256, lr=3e-4, warmup=1000,
-                      ema=0.9995, sample_steps=256),  # [ours]
+                      num_classes=10, noise_high=32, bias=2.0, steps=40_000, batch=256, lr=3e-4,
+                      warmup=1000, ema=0.9995, sample_steps=256),  # [ours]
     #                      pixels patch channels           blocks                  loss bias
     "imagenet64":     Config( 64, 1, (256, 512, 1024),      "RTT",  noise_high=64,  bias=2.0),
     "imagenet128":    Config(128, 1, (128, 256, 512, 1024), "RRTT", noise_high=128, bias=0.0),

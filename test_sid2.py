@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tarfile
 import tokenize
-import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -977,7 +976,7 @@ def test_flags_of_sample_reach_the_sampler(finished, tmp_path):
         pictures[(tmp_path / f"{i}.png").read_bytes()] = flags
     assert len(pictures) == 11
     again = [run(sample, out, "--device", "cpu", *flags)[1].split()[-1] for flags in ([], ["--steps", 2], [])]
-    assert again == ["samples.png.json", "samples-2.png.json", "settings"]  # the third was there already
+    assert again == ["samples.png.json", "samples-1.png.json", "settings"]  # the third was there already
     settings = json.loads((tmp_path / "6.png.json").read_text())
     assert settings["config"]["interval"] == [-20, 20] and settings["step"] == 4 and settings["seeds"] == [0, 7]
 

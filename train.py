@@ -1,18 +1,18 @@
 """Trains SiD2. One process, or many:
 
-    python train.py                                                       shapes, a few minutes on a CPU
-    python train.py --preset cifar10                                      one GPU
+    python train.py                                        shapes, a few minutes on a CPU
+    python train.py --preset cifar10                       one GPU
     torchrun --nproc_per_node=8 train.py --preset imagenet256_p2 --data FOLDER
 
-The same command again goes on exactly where the run stopped. Whatever is random at step n is a function of the seed and
-n, or of the seed and the number of an image, counted over the run: nothing else needs to be remembered, and neither the
-number of processes nor the micro-batch changes what the network sees (dropout draws anew for each).
+The same command again goes on exactly where the run stopped. Whatever is random at step n is a
+function of the seed and n, or of the seed and the number of an image, counted over the run: nothing
+else needs to be remembered, and neither the number of processes nor the micro-batch changes what
+the network sees (dropout draws anew for each).
 """
 
 import argparse
 import contextlib
 import copy
-import csv
 import hashlib
 import json
 import math
@@ -34,15 +34,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sid2
-from sample import (Parser, autocast, choose_labels, choose_precision, fail, grid, load_checkpoint, make_config, replacing, sample_images,
-                    setup, shown_classes)
+from sample import (Parser, autocast, choose_labels, choose_precision, fail, grid, load_checkpoint,
+                    make_config, replacing, sample_images, setup, shown_classes)
 
-# ---------------------------------------------------------------------------------------------------
-# 1. Data. `batch(numbers)` gives uint8 images (B, H, W, 3) and int64 labels (B,) for numbers 0, 1, 2, ... without end
+# --------------------------------------------------------------------------------------------------
+# 1. Data. `batch(numbers)` gives uint8 images (B, H, W, 3) and int64 labels (B,) for the numbers of
+#    images counted over the run: 0, 1, 2, ... without end
 
 
 class Shapes:
-    """Six shapes in any place, size and colour, drawn when asked for; image n is a function of seed and n."""
+    """Six shapes in any place, size and colour, drawn on the fly from the seed and the number."""
 
     name, counts = "shapes, drawn on the fly", None
     shapes = {  # inside or not, at a to the right and b down from the centre, in radii
@@ -59,29 +60,34 @@ class Shapes:
         self.size, self.seed = image_size, seed
 
     def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        u = np.stack([np.random.default_rng([self.seed, n]).random(11, np.float32) for n in numbers])
+        rng = (np.random.default_rng([self.seed, n]) for n in numbers)
+        u = np.stack([r.random(11, np.float32) for r in rng])
         labels = (u[:, 0] * len(self.classes)).astype(np.int64)
         radius = 0.26 + 0.16 * u[:, 1:2]  # of the image's width
         centre = radius + u[:, 2:4] * (1 - 2 * radius)  # the whole shape is in the picture
         dark, light = 0.35 * u[:, 4:7], 0.35 + 0.65 * u[:, 7:10]
-        light[np.arange(len(u)), (3 * u[:, 10]).astype(int)] = 1  # one full channel: never without contrast
+        light[np.arange(len(u)), (3 * u[:, 10]).astype(int)] = 1  # one full channel for contrast
 
-        points = (np.arange(4 * self.size, dtype=np.float32) + 0.5) / (4 * self.size)  # 4 x 4 per pixel
+        side = 4 * self.size  # 4 x 4 points per pixel
+        points = (np.arange(side, dtype=np.float32) + 0.5) / side
         a, b = ((points - centre[:, i : i + 1]) / radius for i in range(2))
-        a, b = a[:, None, :], b[:, :, None]
-        inside = np.empty((len(u), 4 * self.size, 4 * self.size), bool)
+        a, b, inside = a[:, None, :], b[:, :, None], np.empty((len(u), side, side), bool)
         for label, shape in enumerate(self.shapes.values()):
             inside[labels == label] = shape(a[labels == label], b[labels == label])
-        cover = inside.reshape(-1, self.size, 4, self.size, 4).mean((2, 4), dtype=np.float32)[..., None]
-        images = dark[:, None, None] * (1 - cover) + light[:, None, None] * cover
-        return (255 * images + 0.5).astype(np.uint8), labels
+        cover = inside.reshape(-1, self.size, 4, self.size, 4).mean((2, 4), dtype=np.float32)
+        cover, dark, light = cover[..., None], dark[:, None, None], light[:, None, None]
+        return (255 * (dark * (1 - cover) + light * cover) + 0.5).astype(np.uint8), labels
 
 
 class Images:
-    """Stored images, each once per epoch, every epoch in a new order. `read(index)` gives them by place in the set."""
+    """Stored images, each once per epoch, in a new order every epoch.
+
+    `read(index)` gives those at places `index` of the set, from the cache or decoded from files.
+    """
 
     def __init__(self, name: str, read, labels: np.ndarray, classes: list[str], seed: int):
-        self.name, self.read, self.labels, self.classes, self.seed = name, read, labels.astype(np.int64), classes, seed
+        self.name, self.read, self.classes, self.seed = name, read, classes, seed
+        self.labels = labels.astype(np.int64)
         self.counts = np.bincount(self.labels).tolist()
         self.epoch, self.order = None, None
 
@@ -89,14 +95,14 @@ class Images:
         index, epochs = np.empty(len(numbers), np.int64), numbers // len(self.labels)
         for epoch in np.unique(epochs):
             if epoch != self.epoch:
-                self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
-                self.epoch = epoch
+                rng = np.random.default_rng([self.seed, epoch])
+                self.epoch, self.order = epoch, rng.permutation(len(self.labels))
             index[epochs == epoch] = self.order[numbers[epochs == epoch] % len(self.labels)]
         return self.read(index), self.labels[index]
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message names it, and when it comes from a loader process it stands last."""
+    """An unreadable image, named in the message: from a loader process, in its last line."""
 
     def end(self):
         fail(str(self).strip().splitlines()[-1].split("ImageError: ")[-1], everywhere=True)
@@ -116,7 +122,8 @@ class Files:
             with Image.open(self.files[i]) as image:
                 return np.asarray(centre_crop(to_rgb(image), self.size))
         except Exception as error:  # Pillow's decoders raise many kinds
-            raise ImageError(f"{self.files[i]} is no readable image ({error}): repair or remove it") from None
+            message = f"{self.files[i]} is no readable image ({error}): repair or remove it"
+            raise ImageError(message) from None
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         return np.stack([self[i] for i in index])
@@ -126,7 +133,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Upright by its EXIF tag; 16-bit grey scaled to 8 bits; transparency laid over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).clip(0, 65535) >> 8
+        image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -134,27 +142,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop, which the published ImageNet FIDs use: box by halves to less than twice the size, bicubic, centre.
-    (ADM itself does not turn images by their EXIF tag.)"""
+    """ADM's crop, which the published ImageNet FIDs use: halved by box while twice too large, then
+    bicubic, then the centre. (ADM itself does not turn images by their EXIF tag.)"""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 class Cache:
-    """Images in an .npy file, memory-mapped at each call, so that loader processes share nothing else.
+    """Images in an .npy file, memory-mapped at each call: loader processes share nothing else.
 
-    The main process of each machine writes the file once, from `chunks` of bytes; open_data lets the others wait.
+    The main process of a machine writes it once, from `chunks` of bytes, while the others wait.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], chunks, main: bool):
         self.path = path
         if main and not path.is_file():
+            header = dict(descr="|u1", fortran_order=False, shape=shape)
             with replacing(path) as temporary, open(temporary, "wb") as out:
-                np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=shape))
+                np.lib.format.write_array_header_1_0(out, header)
                 for chunk in chunks:
                     out.write(chunk)
 
@@ -172,7 +182,7 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 
 
 def open_cifar10(size: int, seed: int, cache: Path, main: bool) -> Images:
-    """The 50,000 training images of the binary archive, records of a label and 3 x 32 x 32 values."""
+    """The 50,000 training images of the binary archive: a label and 3 x 32 x 32 bytes each."""
     if size != 32:
         fail(f"--data cifar10 has images of 32 px, the configuration asks for {size}")
     archive = cache / "cifar-10-binary.tar.gz"
@@ -181,14 +191,17 @@ def open_cifar10(size: int, seed: int, cache: Path, main: bool) -> Images:
         try:
             torch.hub.download_url_to_file(CIFAR10, archive, hash_prefix=CIFAR10_SHA256)
         except (OSError, RuntimeError) as error:
-            fail(f"could not download CIFAR-10 ({error}): fetch {CIFAR10} elsewhere and put it at {archive}")
+            fail(f"could not download CIFAR-10 ({error}): fetch {CIFAR10} elsewhere and put it "
+                 f"at {archive}")
     if dist.is_initialized():
         dist.barrier()
     with open(archive, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != CIFAR10_SHA256:
-            fail(f"{archive} is not the official archive (its sha256 differs): remove it, the next run fetches it again")
+            fail(f"{archive} is not the official archive, its sha256 differs: remove it, the next "
+                 "run fetches it again")
     with tarfile.open(archive) as tar:
-        raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read() for i in range(1, 6))
+        members = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
+        raw = b"".join(tar.extractfile(member).read() for member in members)
     records = np.frombuffer(raw, np.uint8).reshape(50_000, 1 + 3 * 32 * 32)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     read = Cache(cache / "cifar10.npy", images.shape, [images.tobytes()], main)
@@ -206,11 +219,17 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
     except Exception as error:  # errors of zip, header and type share no base
         fail(f"{path} is no npz with an array arr_0 ({error})")
     if dtype != np.uint8 or shape[1:] != (size, size, 3) or shape[0] == 0 or fortran:
-        fail(f"{path}: arr_0 is {dtype} {shape}, it must be uint8 (N, {size}, {size}, 3), N at least 1, in C order")
-    if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0 or labels.max() >= shape[0]):
-        fail(f"{path}: arr_1 is {labels.dtype} {labels.shape}, it must be {shape[0]} integer labels from 0 up, "
-             "with no more classes than images")
+        fail(f"{path}: arr_0 is {dtype} {shape}, it must be uint8 (N, {size}, {size}, 3), "
+             "N at least 1, in C order")
+    n, classes = shape[0], []
+    if labels is None:
+        labels = np.zeros(n)
+    else:
+        whole = labels.shape == (n,) and labels.dtype.kind in "iu"
+        if not whole or not 0 <= labels.min() <= labels.max() < n:
+            fail(f"{path}: arr_1 is {labels.dtype} {labels.shape}, it must be {n} integer labels "
+                 "from 0 up, with no more classes than images")
+        classes = [str(i) for i in range(labels.max() + 1)]
 
     def chunks():
         try:
@@ -219,39 +238,47 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
             fail(f"{path} is damaged ({error}): fetch or write it again", everywhere=True)
 
     stat = path.stat()
-    target = cache / f"{fingerprint(path.resolve(), stat.st_size, stat.st_mtime_ns)}.npy"
-    read = Cache(target, shape, chunks(), main)
-    classes = [] if labels is None else [str(i) for i in range(labels.max() + 1)]
-    return Images(str(path), read, np.zeros(shape[0]) if labels is None else labels, classes, seed)
+    name = fingerprint(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    read = Cache(cache / f"{name}.npy", shape, chunks(), main)
+    return Images(str(path), read, labels, classes, seed)
 
 
 SUFFIXES = ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
 
 
-def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, workers: int) -> Images:
-    """Images of a folder, nested, through links, without what is hidden. Its immediate sub-folders are the classes;
-    without any it is unlabelled."""
+def find_images(top: Path) -> list[Path]:
+    """Image files below `top`, sorted; links are followed, hidden files and folders are not."""
     files, seen = [], set()
-    for root, folders, names in os.walk(path.resolve(), followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith(".")) if os.path.realpath(root) not in seen else []
-        seen.add(os.path.realpath(root))  # a link to a folder above is followed once
-        files += [Path(root, n) for n in sorted(names) if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
-    files = sorted(p for p in files if p.is_file())
+    for root, folders, names in os.walk(top, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = [f for f in folders if not f.startswith(".") and real not in seen]
+        seen.add(real)  # a link to a folder above is followed once
+        files += [Path(root, n) for n in names if not n.startswith(".")]
+    return sorted(p for p in files if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, workers: int) -> Images:
+    """Images of a folder, nested. Its immediate sub-folders are the classes; without any it is
+    unlabelled."""
+    top = path.resolve()
+    files = find_images(top)
     if not files:
         fail(f"no images in {path} and its sub-folders: looked for {' '.join(SUFFIXES)}")
-    tops = [p.relative_to(path.resolve()).parts[0] if p.parent != path.resolve() else "" for p in files]
-    classes = sorted(set(tops) - {""})
-    if classes and "" in tops:
-        fail(f"{path} has {tops.count('')} images beside its {len(classes)} class folders: put them into classes, or away")
-    number = {name: i for i, name in enumerate(classes or [""])}
-    labels = np.array([number[top] for top in tops])
+    firsts = [p.relative_to(top).parts[0] if p.parent != top else "" for p in files]
+    classes, loose = sorted(set(firsts) - {""}), firsts.count("")
+    if classes and loose:
+        fail(f"{path} has {loose} images beside its {len(classes)} class folders: put them into "
+             "classes, or away")
+    numbers = {name: i for i, name in enumerate(classes or [""])}
+    labels = np.array([numbers[first] for first in firsts])
 
     shape, read, stats = (len(files), size, size, 3), Files(files, size), [p.stat() for p in files]
-    target = cache / f"{fingerprint(size, *((p, s.st_size, s.st_mtime_ns) for p, s in zip(files, stats)))}.npy"
-    fits = target.is_file() or math.prod(shape) < shutil.disk_usage(cache).free / 2  # else each epoch decodes again
+    known = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(files, stats)]
+    target = cache / f"{fingerprint(size, *known)}.npy"
+    fits = target.is_file() or math.prod(shape) < shutil.disk_usage(cache).free / 2
     if dist.is_initialized():
         dist.barrier()  # all have looked at the disk before one fills it
-    if fits:
+    if fits:  # else the images are decoded in each epoch
         decoded = DataLoader(read, batch_size=32, num_workers=workers, collate_fn=np.stack)
         bar = tqdm(decoded, f"decoding {len(files)} images into {target}", unit="batch of 32",
                    disable=not main or target.is_file())
@@ -259,16 +286,14 @@ def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, worke
     return Images(str(path), read, labels, classes, seed)
 
 
-def open_data(name: str, image_size: int, seed: int, cache: Path, workers: int = 0):
-    """shapes, cifar10, FOLDER or FILE.npz. The first process of each machine writes the cache, the others wait."""
-    cache, path, main = Path(cache).expanduser(), Path(name), os.environ.get("LOCAL_RANK", "0") == "0"
+def open_data(name: str, image_size: int, seed: int, cache: str | Path, workers: int = 0):
+    """shapes, cifar10, FOLDER or FILE.npz; one process of a machine writes the cache."""
     if name == "shapes":
         return Shapes(image_size, seed)
+    cache, path = Path(cache).expanduser(), Path(name)
+    main = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to the cache {cache} ({error}): give another --cache")
-    try:
         if name == "cifar10":
             data = open_cifar10(image_size, seed, cache, main)
         elif path.is_dir():
@@ -279,51 +304,59 @@ def open_data(name: str, image_size: int, seed: int, cache: Path, workers: int =
             fail(f"--data {name}: neither shapes, cifar10, a folder nor an .npz file")
     except ImageError as error:
         error.end()
+    except OSError as error:
+        fail(f"cannot use the cache {cache} or read {name}: {error}")
     if dist.is_initialized():
         dist.barrier()
     return data
 
 
 class Batches:
-    """Item n is this process's share of the images and labels of step n; the DataLoader's sampler is a range of steps."""
+    """Item n: this process's share of the images and labels of step n, as tensors."""
 
     def __init__(self, data, batch: int, share: slice):
         self.data, self.batch, self.share = data, batch, share
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = self.data.batch(step * self.batch + np.arange(self.batch)[self.share])
+        numbers = step * self.batch + np.arange(self.batch)[self.share]
+        images, labels = self.data.batch(numbers)
         return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. The run
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=sid2.PRESETS, default="shapes", metavar="NAME",
-                        help=f"{', '.join(sid2.PRESETS)}; `python sid2.py` shows them")
-    parser.add_argument("--data", help="shapes, cifar10, a folder of images or an npz; default: the preset's own")
-    parser.add_argument("--out", help="folder of the run; default: runs/PRESET")
-    parser.add_argument("--cache", default="~/.cache/sid2", help="folder for decoded data; default: %(default)s")
-    parser.add_argument("--init-from", help="start from the EMA weights of this run or checkpoint; its trunk must fit")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 where it is fast")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    parser.add_argument("--workers", type=int, help="loader processes; default: up to 8 on CUDA or to decode, else 0")
-    group = parser.add_argument_group("configuration: the fields of sid2.Config; default: the preset's")
+    add = parser.add_argument
+    add("--preset", choices=sid2.PRESETS, default="shapes", metavar="NAME",
+        help=f"{', '.join(sid2.PRESETS)}; `python sid2.py` shows them")
+    add("--data", help="shapes, cifar10, a folder of images or an npz; default: the preset's own")
+    add("--out", help="folder of the run; default: runs/PRESET")
+    add("--cache", default="~/.cache/sid2", help="folder for decoded data; default: %(default)s")
+    add("--init-from", help="start from the EMA weights of this run, whose trunk must fit")
+    add("--seed", type=int, default=0)
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+        help="auto: bf16 where the hardware multiplies it")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--workers", type=int, help="loader processes; default: up to 8 on CUDA or to decode")
+    group = parser.add_argument_group("fields of sid2.Config; default: the preset's")
     for field in fields(sid2.Config):
-        flag, value = f"--{field.name.replace('_', '-')}", getattr(sid2.PRESETS["shapes"], field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        value = getattr(sid2.PRESETS["shapes"], field.name)
         if isinstance(value, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction)
+        elif isinstance(value, tuple):
+            group.add_argument(flag, type=type(value[0]), nargs="+")
         else:
-            several = isinstance(value, tuple)
-            group.add_argument(flag, type=type(value[0] if several else value), nargs="+" if several else None)
+            group.add_argument(flag, type=type(value))
     args = parser.parse_args()
     if not 0 <= args.seed < 2**31 or (args.workers or 0) < 0:
-        fail(f"--seed must be 0 to 2^31 - 1 and --workers at least 0, got {args.seed} and {args.workers}")
+        fail(f"--seed must be 0 to 2^31 - 1 and --workers at least 0, "
+             f"got {args.seed} and {args.workers}")
     return args
 
 
@@ -337,66 +370,81 @@ def check_folder(out: Path, settings: dict):
         before = json.loads((out / "config.json").read_text())
     except ValueError:
         fail(f"{out / 'config.json'} is damaged: restore it, or give another --out")
-    free = {"steps", "micro_batch", "log_every", "sample_every", "save_every"}  # may change when a run goes on
-    differ = [f"{k} {before.get(k)} -> {v}" for k, v in settings.items() if k not in free and before.get(k) != v]
+    free = {"steps", "micro_batch", "log_every", "sample_every", "save_every"}  # may change later
+    differ = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items()
+              if key not in free and before.get(key) != value]
     if differ:
-        fail(f"{out} holds a run with other settings ({', '.join(differ)}): give another --out, or the same flags")
+        fail(f"{out} holds a run with other settings ({', '.join(differ)}): "
+             "give another --out, or the same flags")
 
 
 def init_from(path: str, net: sid2.UViT) -> str:
-    """Takes over the EMA weights of another run wherever shapes agree; the trunks must be the same. Says what was not."""
+    """Takes over another run's EMA weights where shapes agree; the trunks must be the same."""
     theirs, mine = load_checkpoint(path)["ema"], net.state_dict()
-    fits = {k for k in mine.keys() & theirs.keys() if theirs[k].shape == mine[k].shape}
-    trunk = {k for k in mine.keys() | theirs.keys() if k.split(".")[0] in ("blocks_down", "down", "middle", "up", "blocks_up")}
+    fits = {key for key in mine.keys() & theirs.keys() if theirs[key].shape == mine[key].shape}
+    trunk = {key for key in mine.keys() | theirs.keys()
+             if key.split(".")[0] in ("blocks_down", "down", "middle", "up", "blocks_up")}
     if trunk - fits:
         fail(f"--init-from {path}: its trunk does not fit, for example {min(trunk - fits)}")
-    net.load_state_dict({k: theirs[k] if k in fits else mine[k] for k in mine})
-    return (f"{len(fits)} of {len(mine)} tensors from {path}; not taken over: {', '.join(sorted(theirs.keys() - fits)) or 'none'}"
-            f"; started afresh: {', '.join(sorted(mine.keys() - fits)) or 'none'}")
+    net.load_state_dict({key: theirs[key] if key in fits else mine[key] for key in mine})
+    left, fresh = (", ".join(sorted(w.keys() - fits)) or "none" for w in (theirs, mine))
+    return (f"{len(fits)} of {len(mine)} tensors from {path}; not taken over: {left}; "
+            f"started afresh: {fresh}")
 
 
 def open_log(path: Path, step: int):
     """log.csv with the rows up to `step`, open for more."""
-    columns = "step images loss grad_norm lr images_per_second data_wait seconds".split()
-    rows = [row for row in csv.reader(path.open()) if row and row[0].isdigit() and int(row[0]) <= step] if path.is_file() else []
-    with replacing(path) as temporary, open(temporary, "w", newline="") as out:
-        csv.writer(out).writerows([columns, *rows])
-    return open(path, "a", newline="", buffering=1)
+    header = "step,images,loss,grad_norm,lr,images_per_second,data_wait,seconds"
+    lines = path.read_text().splitlines()[1:] if path.is_file() else []
+    kept = [line for line in lines if line.count(",") == header.count(",")
+            and int(line.split(",")[0]) <= step]
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join([header, *kept, ""]))
+    return open(path, "a", buffering=1)
 
 
 def main():
     args = parse()
     rank, world, device = setup(args.device)
+    precision = choose_precision(device, args.precision)
+
+    # configuration, data and folder of the run
     preset = asdict(sid2.PRESETS[args.preset])
-    given = {k: tuple(v) if isinstance(v, list) else v for k in preset if (v := getattr(args, k)) is not None}
-    out, name = Path(args.out or f"runs/{args.preset}"), args.data or {"shapes": "shapes", "cifar10": "cifar10"}.get(args.preset)
-    if name is None:
-        fail(f"--preset {args.preset} needs --data: a folder of images or an npz")
+    given = {key: value for key in preset if (value := getattr(args, key)) is not None}
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
     if "image_size" in given and preset["noise_high"] == preset["image_size"]:
-        given.setdefault("noise_high", given["image_size"])  # "the image size" stays that
+        given.setdefault("noise_high", given["image_size"])  # what is "the image size" stays that
     config = make_config(**preset | given)
+    own = args.preset if args.preset in ("shapes", "cifar10") else None
+    if not (name := args.data or own):
+        fail(f"--preset {args.preset} needs --data: a folder of images or an npz")
     workers = min(8, os.cpu_count() // world) if args.workers is None else args.workers
     data = open_data(name, config.image_size, args.seed, args.cache, workers)
     config = make_config(**preset | {"num_classes": len(data.classes)} | given)
     if config.num_classes not in (0, len(data.classes)):
         fail(f"--num-classes {config.num_classes}: {data.name} has {len(data.classes)} classes")
+    names = data.classes if config.num_classes else []
     local = config.batch // world  # images of this process, per step
     micro = config.micro_batch or local
     if config.batch % world or local % micro:
-        fail(f"batch {config.batch} is not divisible by {world} processes times micro-batch {micro}")
-    names = data.classes if config.num_classes else []
-    precision = choose_precision(device, args.precision)
-    where = str(Path(name).resolve()) if Path(name).exists() and name not in ("shapes", "cifar10") else name
-    settings = asdict(config) | dict(data=where, images=data.counts and sum(data.counts), seed=args.seed,
-                                     precision=precision, init_from=args.init_from)
+        fail(f"batch {config.batch} is not divisible by {world} processes times "
+             f"micro-batch {micro}")
+    out = Path(args.out or f"runs/{args.preset}")
+    where = name if name in ("shapes", "cifar10") else str(Path(name).resolve())
+    settings = asdict(config) | dict(data=where, images=data.counts and sum(data.counts),
+                                     seed=args.seed, precision=precision, init_from=args.init_from)
     settings = json.loads(json.dumps(settings))  # as they will be read back
     check_folder(out, settings)
 
+    # network, average and optimiser, as they were when the run stopped
     torch.manual_seed(args.seed)
     net, taken = sid2.UViT(config).to(device), None
-    optimizer = torch.optim.Adam(net.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)  # [SD]
-    state = load_checkpoint(out) if (out / "checkpoint.pt").exists() else dict(step=0, seconds=0.0, loss_sum=0.0)
-    if state["step"] == 0 and args.init_from:
+    optimizer = torch.optim.Adam(net.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
+                                 fused=True)  # [SD]
+    state = dict(step=0, seconds=0.0, loss_sum=0.0)
+    if (out / "checkpoint.pt").exists():
+        state = load_checkpoint(out)
+    elif args.init_from:
         taken = init_from(args.init_from, net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state["step"] > 0:
@@ -405,7 +453,8 @@ def main():
             ema.load_state_dict(state.pop("ema"))
             optimizer.load_state_dict(state.pop("optimizer"))
         except (KeyError, RuntimeError, ValueError):
-            fail(f"the weights in {out / 'checkpoint.pt'} do not fit its configuration: the file is damaged")
+            fail(f"the weights in {out / 'checkpoint.pt'} do not fit its configuration: "
+                 "the file is damaged")
     net.checkpointing = args.checkpointing
     if args.compile or args.compile is None and device.type == "cuda":
         net.compile()
@@ -420,27 +469,27 @@ def main():
             log = open_log(out / "log.csv", state["step"])
         except OSError as error:
             fail(f"cannot write to {out}: {error}")
-        parameters, gmac = sid2.count(config)
-        print(", ".join(f"{k} {v}" for k, v in asdict(config).items()))
-        print(f"{parameters / 1e6:.1f} M parameters, {gmac:.2f} GMAC per image; {world} x {device}, {precision}, torch {torch.__version__}")
-        counts = [f"{c} {n}" for c, n in zip(data.classes, data.counts)] if data.counts else data.classes
-        print(f"data: {data.name}; {sum(data.counts) if data.counts else 'endless'} images; "
-              f"{len(counts)} classes{': ' if counts else ''}{', '.join(counts[:20])}{', ...' if len(counts) > 20 else ''}")
-        print(*([taken] if taken else []), f"resumed at step {state['step']}" if state["step"] else f"a new run in {out}", sep="\n")
+        describe(config, data, names)
+        print(f"{world} x {device}, {precision}, micro-batch {micro}, torch {torch.__version__}")
+        if taken:
+            print(taken)
+        print(f"resumed at step {state['step']}" if state["step"] else f"a new run in {out}")
         if state["step"] >= config.steps:
-            print(f"nothing left to do: the run has its {config.steps} steps; give more --steps to go on")
+            print(f"nothing left to do: the run has its {config.steps} steps; --steps adds more")
 
-    share = slice(rank * local, (rank + 1) * local)
     steps = range(state["step"], config.steps)
-    in_memory = not isinstance(getattr(data, "read", None), Files) and device.type != "cuda"
-    batches = iter(DataLoader(Batches(data, config.batch, share), batch_size=None, sampler=steps, pin_memory=device.type == "cuda",
-                              num_workers=0 if in_memory and args.workers is None else workers))
-    generator, place = torch.Generator(device), torch.arange(config.batch)[share]
-    loss_sum = torch.tensor(state["loss_sum"] if rank == 0 else 0.0, device=device)  # since the last row of the log
+    share = slice(rank * local, (rank + 1) * local)  # of the whole batch
+    place = torch.arange(config.batch)[share]
+    cheap = device.type != "cuda" and not isinstance(getattr(data, "read", None), Files)
+    batches = iter(DataLoader(Batches(data, config.batch, share), batch_size=None, sampler=steps,
+                              num_workers=0 if cheap and args.workers is None else workers,
+                              pin_memory=device.type == "cuda"))
+    generator = torch.Generator(device)
+    loss_sum = torch.tensor(state["loss_sum"] if rank == 0 else 0.0, device=device)
     norm_sum, waited, since_step = torch.zeros((), device=device), 0.0, steps.start
     begun = since = time.perf_counter()
+    bar = tqdm(total=config.steps, initial=steps.start, unit="step", disable=rank > 0)
     model.train()
-    bar = tqdm(total=config.steps, initial=state["step"], unit="step", disable=rank > 0)
     for step in steps:
         waiting = time.perf_counter()
         try:
@@ -449,19 +498,24 @@ def main():
             error.end()
         waited += time.perf_counter() - waiting
 
-        rng = np.random.default_rng([args.seed, step])  # draws for the whole batch; each process takes its share
-        u, flip, drop = rng.random(), rng.random(config.batch)[share] < 0.5, rng.random(config.batch)[share] < config.label_dropout
-        flip, drop = torch.from_numpy(flip & config.flip), torch.from_numpy(drop)
-        seeds = ((args.seed + 1) * 2654435761 + step * config.batch + place) % 2**32  # of eps, one per image
+        # what is random, drawn for the whole batch; each process takes its share
+        rng = np.random.default_rng([args.seed, step])
+        u = rng.random()
+        flip = torch.from_numpy(rng.random(config.batch)[share] < 0.5 * config.flip)
+        drop = torch.from_numpy(rng.random(config.batch)[share] < config.label_dropout)
+        seeds = ((args.seed + 1) * 2654435761 + step * config.batch + place) % 2**32  # of eps
         torch.manual_seed((args.seed + step * world + rank) % 2**63)  # of dropout
         optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
 
         for k in range(0, local, micro):
             part = slice(k, k + micro)
-            x = images[part].to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2) / 127.5 - 1
+            x = images[part].to(device, non_blocking=device.type == "cuda")
+            x = x.permute(0, 3, 1, 2) / 127.5 - 1
             x = torch.where(flip[part].to(device)[:, None, None, None], x.flip(3), x)
-            y = torch.where(drop[part], config.num_classes, labels[part].clamp(max=config.num_classes)).to(device)
-            eps = torch.stack([torch.randn(x.shape[1:], generator=generator.manual_seed(seed), device=device)
+            y = labels[part].clamp(max=config.num_classes)  # 0, if unconditional
+            y = torch.where(drop[part], config.num_classes, y).to(device)
+            eps = torch.stack([torch.randn(x.shape[1:], device=device,
+                                           generator=generator.manual_seed(seed))
                                for seed in seeds[part].tolist()])
             t = sid2.low_discrepancy_times(place[part].to(device), config.batch, u)
             logsnr, slope = sid2.schedule(t, config.image_size, config.noise_low, config.noise_high)
@@ -473,34 +527,37 @@ def main():
                 loss.backward()
             loss_sum += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # [SD]
+        norm_sum += grad_norm
         optimizer.step()
         optimizer.zero_grad()
         sid2.ema_update(ema, net, step, config.ema)
 
-        norm_sum += grad_norm
-
-        # bookkeeping: nothing above waits for the device; below, the steps that log, draw or save do
+        # bookkeeping: nothing above waits for the device; here, steps that log, draw or save do
         bar.update()
         done, last = step + 1, step + 1 == config.steps
-        logs, draws, saves = (last or done % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
-        if (logs or saves) and not math.isfinite(norm_sum.item()):  # the same on every process
-            if rank == 0:
-                print(f"\nerror: the gradient is not finite, within the last {config.log_every} steps before {done}: try a lower "
-                      f"--lr or --precision fp32; {out} is as last saved", file=sys.stderr)
-            raise SystemExit(1)
+        logs, draws, saves = (last or done % every == 0 for every in
+                              (config.log_every, config.sample_every, config.save_every))
         if logs or saves:
-            total = loss_sum.clone()  # over the processes
+            if not math.isfinite(norm_sum.item()):  # the same on every process
+                if rank == 0:
+                    print(f"\nerror: a gradient is not finite, step {done} or shortly before: try "
+                          f"a lower --lr or --precision fp32; {out} is as last saved",
+                          file=sys.stderr)
+                raise SystemExit(1)
+            total = loss_sum.clone()
             if world > 1:
                 dist.all_reduce(total)
         if logs:
-            loss, now = total.item() / world / ((done - 1) % config.log_every + 1), time.perf_counter()
+            now, count = time.perf_counter(), (done - 1) % config.log_every + 1
+            loss = total.item() / world / count
             rate = (done - since_step) * config.batch / (now - since)
             if rank == 0:
-                row = [f"{loss:.6g}", f"{grad_norm.item():.6g}", f"{optimizer.param_groups[0]['lr']:.4g}", f"{rate:.1f}",
-                       f"{waited / (now - since):.4f}", f"{state['seconds'] + now - begun:.1f}"]
-                log.write(",".join([str(done), str(done * config.batch), *row]) + "\n")
+                log.write(f"{done},{done * config.batch},{loss:.6g},{grad_norm.item():.6g},"
+                          f"{optimizer.param_groups[0]['lr']:.4g},{rate:.1f},"
+                          f"{waited / (now - since):.4f},{state['seconds'] + now - begun:.1f}\n")
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-            loss_sum.zero_(), total.zero_(), norm_sum.zero_()
+            for tensor in (loss_sum, norm_sum, total):
+                tensor.zero_()
             waited, since, since_step = 0.0, now, done
         aside = time.perf_counter()
         if rank == 0 and draws:
@@ -512,17 +569,30 @@ def main():
             with replacing(out / f"samples/{done:07d}.png") as temporary:
                 grid(pictures, y, names).save(temporary, "PNG")
         if rank == 0 and saves:
+            kept = dict(config=asdict(config), net=net.state_dict(), ema=ema.state_dict(),
+                        optimizer=optimizer.state_dict(), step=done, classes=names,
+                        random=dict(seed=args.seed, images=done * config.batch),
+                        seconds=state["seconds"] + aside - begun, loss_sum=total.item())
             with replacing(out / "checkpoint.pt") as temporary:
-                torch.save(dict(config=asdict(config), net=net.state_dict(), ema=ema.state_dict(), step=done, classes=names,
-                                optimizer=optimizer.state_dict(), random=dict(seed=args.seed, images=done * config.batch),
-                                seconds=state["seconds"] + aside - begun, loss_sum=total.item()), temporary)
+                torch.save(kept, temporary)
         since += time.perf_counter() - aside
     bar.close()
     if rank == 0 and steps:
-        print(f"{config.steps} steps done, {(time.perf_counter() - begun) / 60:.1f} minutes: "
+        print(f"{config.steps} steps done in {(time.perf_counter() - begun) / 60:.1f} minutes; "
               f"pictures in {out / 'samples'}, more with `python sample.py {out}`")
     if world > 1:
         dist.destroy_process_group()
+
+
+def describe(config: sid2.Config, data, names: list[str]):
+    """Configuration, size and data set, before anything is trained."""
+    parameters, gmac = sid2.count(config)
+    print(", ".join(f"{key} {value}" for key, value in asdict(config).items()))
+    print(f"{parameters / 1e6:.1f} M parameters, {gmac:.2f} GMAC per image")
+    counts = [f"{name} {n}" for name, n in zip(names, data.counts)] if data.counts else names
+    print(f"data: {data.name}; {sum(data.counts) if data.counts else 'endless'} images; "
+          f"{len(counts)} classes", ", ".join(counts[:20]) + (", ..." if counts[20:] else ""),
+          sep=": " if counts else "")
 
 
 if __name__ == "__main__":
