@@ -161,17 +161,17 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sample_images(net, config: sid2.Config, seeds, labels, device, **progress) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 of seeds and labels, sampled as config says, 64 at once."""
+def sample_images(net, config: sid2.Config, seeds, labels, device, batch=64, **progress):
+    """Images (N, H, W, 3) uint8 of seeds and labels, sampled as config says, `batch` at once."""
     t, images = torch.arange(config.sample_steps, 0, -1) / config.sample_steps, []
     logsnr, _ = sid2.schedule(t, config.image_size, config.noise_low, config.noise_high)
     scale = config.guidance if config.num_classes else 1.0
     with tqdm(total=len(seeds) * len(t), unit="step", leave=False, **progress) as bar:
-        for i in range(0, len(seeds), 64):
-            y = torch.tensor(labels[i : i + 64], device=device)
-            for _, x_hat in sid2.sample_steps(net, seeds[i : i + 64], y, config.num_classes, logsnr,
-                                              config.image_size, config.sampler, config.gamma,
-                                              scale, config.interval):
+        for i in range(0, len(seeds), batch):
+            y = torch.tensor(labels[i : i + batch], device=device)
+            for _, x_hat in sid2.sample_steps(net, seeds[i : i + batch], y, config.num_classes,
+                                              logsnr, config.image_size, config.sampler,
+                                              config.gamma, scale, config.interval):
                 bar.update(len(y))
             images.append(to_uint8(x_hat))
     return np.concatenate(images)
@@ -247,7 +247,7 @@ def parse() -> argparse.Namespace:
     add("--guidance", type=float, help="scale; 1 is none")
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="guidance where LOW <= logsnr < HIGH; -99 99 is everywhere")
-    add("--batch", type=int, default=64, help="images at once, up to 64; default: %(default)s")
+    add("--batch", type=int, default=64, help="images at once, per process; default: %(default)s")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     return parser.parse_args()
@@ -292,10 +292,12 @@ def main():
     precision = choose_precision(device, args.precision)
     checkpoint = Path(args.run) / "checkpoint.pt" if Path(args.run).is_dir() else Path(args.run)
     weights = state["ema" if args.weights == "ema" else "net"]
-    digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
+    digest = hashlib.sha256()
+    for w in weights.values():
+        digest.update(w.numpy())
     settings = dict(checkpoint=str(checkpoint.resolve()), step=state["step"], weights=args.weights,
-                    sha256=digest, seeds=[first, last], classes=classes, format=args.format,
-                    precision=precision, device=device.type, torch=torch.__version__,
+                    sha256=digest.hexdigest(), seeds=[first, last], classes=classes,
+                    format=args.format, precision=precision, device=device.type, torch=torch.__version__,
                     config=asdict(config))
     settings = json.loads(json.dumps(settings))  # as they will be read back
 
@@ -347,12 +349,12 @@ def main():
 
     files = [folder / f"{seed:06d}.png" for seed in seeds]
     missing = [i for i in range(rank, len(files), world) if not files[i].exists()]
-    batch = min(args.batch, 64)
-    for k in range(0, len(missing), batch):
-        part = missing[k : k + batch]
+    for k in range(0, len(missing), args.batch):
+        part = missing[k : k + args.batch]
         with autocast(device, precision):
             images = sample_images(net, config, [seeds[i] for i in part], [labels[i] for i in part],
-                                   device, desc=f"{k} of {len(missing)}", disable=rank > 0)
+                                   device, args.batch, desc=f"{k} of {len(missing)}",
+                                   disable=rank > 0)
         for i, image in zip(part, images):
             with replacing(files[i]) as temporary:
                 Image.fromarray(image).save(temporary, "PNG")
