@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tarfile
 import tokenize
+import types
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import fid
 import sample
 import sid2
 import train
@@ -1101,3 +1104,503 @@ def test_the_scripts_start_from_a_shell(tmp_path):
 @pytest.mark.skipif("SID2_IMAGES" not in os.environ, reason="SID2_IMAGES names no folder of real images")
 def test_real_images_train(tmp_path):
     fit(tmp_path / "run", "--data", os.environ["SID2_IMAGES"], "--cache", tmp_path / "cache", image_size=32)
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. fid.py
+
+CPU = torch.device("cpu")
+CHECKED = [0.5599197, 0.2772512, 0.1640582, 0.07772964, -3.909923]  # as torchvision's
+
+
+@pytest.fixture(scope="module")
+def inception():
+    """Random weights, and batch norms that do something: offsets, gains and uneven statistics."""
+    net, generator = fid.load_inception("random")[0], torch.Generator().manual_seed(1)
+    for norm in (layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)):
+        for values in (norm.weight, norm.running_var):
+            values.data.uniform_(0.8, 1.2, generator=generator)
+        for values in (norm.bias, norm.running_mean):
+            values.data.uniform_(-0.1, 0.1, generator=generator)
+    return net.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def passed(inception):
+    """One forward pass: its result, and input and output of every layer by name."""
+    seen, hooks = {}, []
+    for name, layer in inception.named_modules():
+        keep = lambda _, h, out, name=name: seen.update({name: (h[0].clone(), out)})  # noqa: E731
+        if name and name != "fc":
+            hooks.append(layer.register_forward_hook(keep))
+    out = inception(wave())
+    for hook in hooks:
+        hook.remove()
+    return out, seen
+
+
+def wave(count=1, size=299):
+    """Images (count, 3, size, size) in [-1, 1] that are the same in every version of torch."""
+    i = torch.arange(count * 3 * size * size, dtype=torch.float64)
+    return torch.sin(i * 0.37 + (i / 1000).square() % 6.28).float().view(count, 3, size, size)
+
+
+def pooled(h, reduce, stride=1, padding=1):
+    """3 x 3 windows over what lies inside the image, one by one."""
+    places = range(-padding, h.shape[-1] - 2 + padding, stride)
+    rows = [[reduce(h[:, :, max(a, 0) : a + 3, max(b, 0) : b + 3], (2, 3)) for b in places]
+            for a in places]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def test_inception_has_the_tensors_of_the_published_file(inception):
+    """Otherwise the downloaded weights do not load; names are torchvision's."""
+    state = {k: v for k, v in inception.state_dict().items() if "num_batches" not in k}
+    assert len(state) == 472 and sum(v.numel() for v in state.values()) == 23_885_392
+    assert state["Mixed_6b.branch7x7dbl_3.conv.weight"].shape == (128, 128, 1, 7)
+    assert state["Mixed_7c.branch3x3dbl_3b.bn.running_var"].shape == (384,)
+    assert state["fc.weight"].shape == (1008, 2048)
+
+
+def test_inception_equals_torchvisions_once_its_pools_are_patched(inception, monkeypatch):
+    """An independent implementation of the graph, on the same weights."""
+    try:
+        import torchvision.models.inception as theirs
+    except Exception as error:  # installed for another torch, it fails in many ways
+        pytest.skip(f"torchvision cannot be imported ({error})")
+    net = theirs.inception_v3(weights=None, aux_logits=False, num_classes=1008, init_weights=False)
+    net.eval().load_state_dict(inception.state_dict())
+    last, got = [], {}
+    net.Mixed_7c.register_forward_pre_hook(lambda *_: last.append(True))
+    net.avgpool.register_forward_hook(lambda layer, h, out: got.update(f=out.flatten(1)))
+    net.Mixed_6d.branch1x1.register_forward_hook(lambda layer, h, out: got.update(s=out[:, :7]))
+
+    def pool(h, kernel_size, stride, padding):
+        return F.max_pool2d(h, 3, 1, 1) if last else F.avg_pool2d(h, 3, 1, 1, False, False)
+
+    patched = types.SimpleNamespace(avg_pool2d=pool, max_pool2d=F.max_pool2d, relu=F.relu)
+    monkeypatch.setattr(theirs, "F", patched)
+    log_p = (net(wave(2)) - net.fc.bias).log_softmax(1)
+    for ours, other in zip(inception(wave(2)),
+                           (got["f"], got["s"].permute(0, 2, 3, 1).flatten(1), log_p)):
+        assert (ours - other).norm() < 1e-5 * other.norm()
+
+
+def test_inception_gives_the_features_it_gave_when_it_was_checked(passed):
+    """Pins the whole graph, order of branches included, where torchvision is not there."""
+    f, s, log_p = (t[0].double() for t in passed[0])
+    assert f.shape == (2048,) and s.shape == (2023,) and log_p.shape == (1008,)
+    i = torch.arange(1, 2049, dtype=torch.float64)
+    figures = [f.mean(), f @ i / 2048**2, s.mean(), s @ i[:2023] / 2048**2, log_p @ i[:1008] / 1e6]
+    np.testing.assert_allclose(figures, CHECKED, rtol=1e-4)
+
+
+CHANNELS = {"5b": 192, "5c": 256, "5d": 288, "6b": 768, "6c": 768, "6d": 768, "6e": 768, "7b": 1280,
+            "7c": 2048, "6a": 288, "7a": 768}
+
+
+@pytest.mark.parametrize("block", CHANNELS)
+def test_blocks_pool_as_the_original_graph(inception, block):
+    """Means leave out the padding, which torchvision's count: features move by a fifth. Maximum in
+    Mixed_7c, a slip that every FID contains; halving maxima after the convolutions in 6a and 7a."""
+    layer, seen = inception.get_submodule(f"Mixed_{block}"), []
+    h = torch.randn(1, CHANNELS[block], 7, 7) - 3  # padding with 0 would show
+    if block in ("6a", "7a"):
+        expected, got = pooled(h, torch.amax, 2, 0), layer(h)[:, -CHANNELS[block] :]
+    else:
+        hook = layer.branch_pool.register_forward_pre_hook(lambda _, h: seen.append(h[0].clone()))
+        layer(h), hook.remove()
+        expected, got = pooled(h, torch.amax if block == "7c" else torch.mean), seen[0]
+    torch.testing.assert_close(got, expected)
+
+
+def test_stem_pools_by_maximum_and_pads_one_layer_only(passed):
+    """299 -> 149 -> 147 -> 147 -> 73 -> 71 -> 35."""
+    seen = {k: v for k, v in passed[1].items() if "." not in k and "pool" not in k}
+    sizes = [out.shape[-1] for _, out in seen.values()]
+    assert sizes == [149, 147, 147, 73, 71, 35, 35, 35, 17, 17, 17, 17, 17, 8, 8, 8]
+    for before, after in (("Conv2d_2b_3x3", "Conv2d_3b_1x1"), ("Conv2d_4a_3x3", "Mixed_5b")):
+        expected = pooled(seen[before][1][:, :4], torch.amax, 2, 0)
+        torch.testing.assert_close(seen[after][0][:, :4], expected)
+
+
+def test_batch_norm_divides_by_the_root_of_variance_plus_a_thousandth(inception):
+    """torch's own 1e-5 is the quiet mistake: channels of small variance would grow tenfold."""
+    norms = [layer for layer in inception.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert len(norms) == 94
+    for norm in norms:
+        scale = norm.weight / (norm.running_var + 1e-3).sqrt()
+        expected = (1 - norm.running_mean) * scale + norm.bias
+        got = norm(torch.ones(1, norm.num_features, 1, 1)).flatten()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_take_no_bias_and_seven_channels_of_one_branch(inception, passed):
+    """ADM: log p without the bias of fc, over all 1008 classes; sFID's values in channels-last
+    order, which matters against ADM's files."""
+    (f, s, log_p), seen = passed
+    assert inception.fc.bias.abs().min() > 0
+    torch.testing.assert_close(log_p, (f @ inception.fc.weight.T).log_softmax(1))
+    branch = seen["Mixed_6d.branch1x1"][1]
+    assert torch.equal(s, branch[:, :7].permute(0, 2, 3, 1).reshape(1, -1)) and s.min() == 0
+
+
+def test_resize_is_tensorflow_1s_and_not_torchs():
+    """Source place = destination * in / out; nothing centred or averaged, the edge repeats.
+    F.interpolate's half-pixel centres are off by whole grey levels."""
+    for values, expected in ([0, 1], [0, 0.5, 1, 1]), ([0, 10, 20, 90], [0, 20]), ([7], [7, 7, 7]):
+        x = torch.tensor(values, dtype=torch.float32).expand(1, 1, len(values), -1)
+        got = fid.resize(x, len(expected))[0, 0]
+        assert (got == torch.tensor(expected)).all()
+        assert torch.equal(fid.resize(x.mT, len(expected))[0, 0], got.T)
+    image = np.random.default_rng(0).integers(0, 256, (5, 7)).astype(np.float32)
+    i, j = np.arange(299) * 5 / 299, np.arange(299) * 7 / 299
+    rows = [np.interp(j, np.arange(7), row) for row in image]
+    expected = np.stack([np.interp(i, np.arange(5), column) for column in np.transpose(rows)], 1)
+    x = torch.from_numpy(image)[None, None]
+    assert np.abs(fid.resize(x)[0, 0].numpy() - expected).max() < 1e-2
+    torchs = F.interpolate(x, (299, 299), mode="bilinear")[0, 0].numpy()
+    assert np.abs(torchs - expected).max() > 7 and torch.equal(fid.resize(wave()), wave())
+
+
+# Metrics
+
+
+def gaussian(n, d, seed=0):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) + rng.normal(size=d))
+
+
+def moments(f):
+    rows = F.pad(f.double(), (0, 1), value=1.0)
+    return fid.mean_covariance(rows.T @ rows)
+
+
+def test_frechet_distance_has_its_closed_forms():
+    """Identical sets: 0. Equal covariances: the squared distance of the means. Common axes:
+    Σ (√a - √b)²."""
+    mu, sigma = moments(gaussian(500, 40))
+    assert fid.frechet(mu, sigma, mu, sigma) < 1e-7
+    shift = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    distance = fid.frechet(mu, sigma, mu + shift, sigma)
+    assert distance == pytest.approx(shift.square().sum().item(), rel=1e-7)
+    Q, (a, b) = torch.linalg.qr(gaussian(30, 30))[0], (shift[:30] + 1.1, 2 - shift[:30])
+    distance = fid.frechet(a, Q * a @ Q.T, a, Q * b @ Q.T)
+    assert distance == pytest.approx((a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-9)
+    # fewer images than features: singular, where a matrix square root has imaginary noise
+    x, y = moments(gaussian(20, 100)), moments(gaussian(30, 100, seed=1))
+    assert np.isfinite(fid.frechet(*x, *y)) and fid.frechet(*x, *y) > 0
+    assert 0 <= fid.frechet(*x, *x) < 2e-6 * x[1].trace()
+    assert fid.frechet(*x, *y) == pytest.approx(fid.frechet(*y, *x), rel=1e-6)
+
+
+def test_frechet_distance_agrees_with_scipys_square_root():
+    """The textbook form tr (S_1 S_2)^½, which other evaluators take."""
+    linalg = pytest.importorskip("scipy.linalg", reason="scipy is not installed")
+    (mu_1, S_1), (mu_2, S_2) = moments(gaussian(400, 60)), moments(gaussian(400, 60, seed=1) * 2)
+    root = np.trace(linalg.sqrtm((S_1 @ S_2).numpy()).real)
+    expected = (mu_1 - mu_2).square().sum() + S_1.trace() + S_2.trace() - 2 * root
+    assert fid.frechet(mu_1, S_1, mu_2, S_2) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_precision_and_recall_equal_brute_force():
+    """Third neighbours, the point itself not counted; balls around the reference: precision."""
+    real, fake = gaussian(60, 5).float(), gaussian(45, 5, seed=1).float() * 0.7
+
+    def share(points, centres):
+        between = np.linalg.norm(centres[:, None] - centres, axis=2)
+        radii = np.sort(between, 1)[:, 3]
+        return (np.linalg.norm(points[:, None] - centres, axis=2) <= radii).any(1).mean()
+
+    values = fid.precision(real, fake), fid.precision(fake, real)
+    assert values == (share(fake.numpy(), real.numpy()), share(real.numpy(), fake.numpy()))
+    assert values[0] != values[1] and 0 < min(values) and max(values) < 1
+
+
+def test_kid_equals_a_direct_sum_and_has_no_bias():
+    """Cubic kernel with 1 / width, every pair but that of an image with itself; zero on average
+    between draws of one distribution, where FID is far from zero."""
+    x, y = gaussian(30, 8), gaussian(30, 8, seed=1)
+    apart = ~np.eye(30, dtype=bool)
+    xx, yy, xy = ((a.numpy() @ b.numpy().T / 8 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    expected = xx[apart].mean() + yy[apart].mean() - 2 * xy.mean()
+    assert fid.kid(x, y, subsets=2) == pytest.approx(expected, rel=1e-9)
+    draws = [torch.randn(20, 6, generator=torch.Generator().manual_seed(i)) for i in range(400)]
+    values = np.array([fid.kid(a, b, subsets=1) for a, b in zip(draws[::2], draws[1::2])])
+    assert abs(values.mean()) < 4 * values.std() / 200**0.5
+    pairs = zip(draws[:20:2], draws[1:20:2])
+    assert min(fid.frechet(*moments(a), *moments(b)) for a, b in pairs) > 0.3
+
+
+# From images to statistics
+
+
+def shallow(x):
+    """Stands in for Inception where only the bookkeeping matters: pixels are the features."""
+    f, s, p = x[:, 0].flatten(1), x[:, 1].flatten(1), x[:, 2].flatten(1)
+    return f[:, :2048] + 1000, s[:, :2023], (3 * p[:, :1008]).log_softmax(1)
+
+
+def some_source(count=7):
+    rngs = [np.random.default_rng(i) for i in range(count)]
+    images = [rng.integers(0, 256, (9 + (i > 3), 8, 3), np.uint8) for i, rng in enumerate(rngs)]
+    return fid.Source("images", count, lambda numbers: [images[i] for i in numbers])
+
+
+def test_pixels_reach_the_network_minus_128_over_128():
+    """Levels 0, 128, 255 as -1, 0, 127/128; rows, columns and channels keep their places."""
+    image, seen = np.zeros((299, 299, 3), np.uint8), []
+    image[0, :2] = [[0, 128, 255], [0, 64, 0]]
+    source = fid.Source("one", 2, lambda numbers: [image] * len(numbers))
+    fid.measure(source, np.arange(2), lambda x: (seen.append(x), shallow(x))[1], CPU)
+    assert seen[0][0, :, 0, :2].T.tolist() == [[-1, 0, 127 / 128], [-1, -0.5, -1]]
+
+
+def test_statistics_equal_direct_ones_whatever_the_batch():
+    """Mean and covariance (ddof 1) though features are near 1000, where float32 sums would lose
+    the third digit; IS over shuffled splits; mixed sizes; every image once."""
+    seen, source = [], some_source()
+    net = lambda x: (seen.append(shallow(x)), shallow(x))[1]  # noqa: E731
+    fid.measure(source, np.arange(7), net, CPU, batch=1)
+    f, s, log_p = (torch.cat(t).double().numpy() for t in zip(*seen))
+    order = np.random.default_rng(0).permutation(7) // 3
+    splits = [log_p[order == k] for k in range(3)]
+    scores = [(np.exp(q) * (q - np.log(np.exp(q).mean(0)))).sum(1).mean() for q in splits]
+    for batch in (1, 3, 7):
+        got = fid.measure(source, np.arange(7), shallow, CPU, batch, keep=5, split=3)
+        np.testing.assert_allclose(got["mu"], f.mean(0), rtol=1e-9)
+        np.testing.assert_allclose(got["sigma"], np.cov(f.T), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(got["sigma_s"], np.cov(s.T), rtol=1e-4, atol=1e-6)
+        assert got["IS"] == pytest.approx(np.exp(scores).mean(), rel=1e-6) and got["n"] == 7
+        assert got["sizes"] == {(9, 8, 3), (10, 8, 3)}
+        kept = np.argsort(np.random.default_rng(0).permutation(7))[:5]
+        np.testing.assert_array_equal(got["features"], f[kept].astype(np.float16))
+
+
+def test_two_processes_give_the_statistics_of_one(tmp_path):
+    """Seven images over two processes: none twice, none missing, one answer on both."""
+    code = f"""
+import os, sys, numpy as np, torch, torch.distributed as dist, fid
+from {Path(__file__).stem} import CPU, some_source, shallow
+dist.init_process_group("gloo")
+result = fid.measure(some_source(), np.arange(7), shallow, CPU, 2, 5)
+torch.save(result, sys.argv[1] + os.environ["RANK"])
+dist.destroy_process_group()
+"""
+    out, port = tmp_path / "out", 20_000 + os.getpid() % 20_000
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+               OMP_NUM_THREADS="1", PYTHONPATH=path)
+    running = [subprocess.Popen([sys.executable, "-c", code, out], env=dict(env, RANK=str(rank)))
+               for rank in range(2)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    one = fid.measure(some_source(), np.arange(7), shallow, CPU, 2, 5)
+    for rank in range(2):
+        two = torch.load(f"{out}{rank}", weights_only=True)
+        assert two.pop("sizes") == one["sizes"]
+        torch.testing.assert_close(two, {k: one[k] for k in two})
+
+
+# The script
+
+
+@pytest.fixture
+def score(inception, tmp_path, monkeypatch, capsys):
+    """Runs `python fid.py ...` in this process, in a folder of its own: exit code, stdout, stderr.
+    Distances are of the first 64 features, as the eigenvalues of 2,048 take seconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fid, "load_inception", lambda path: (inception, "random"))
+    whole, some = fid.frechet, slice(64)
+    monkeypatch.setattr(fid, "frechet", lambda a, A, b, B: whole(a[some], A[some, some], b[some],
+                                                                 B[some, some]))
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, args), "--device", "cpu"])
+        try:
+            code = fid.main() or 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def write_images(name, size=8, suffix=".png"):
+    Path(name).mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (5, size, size, 3), np.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(f"{name}/{i}{suffix}")
+    return images
+
+
+def test_script_saves_statistics_and_scores_against_them(score):
+    """The README's commands, on images that are also the reference, with a note at every doubt.
+    ADM's files have images too: precision and recall are of these, FID of mu and sigma."""
+    write_images("real/nested", 12, ".JPEG")
+    code, out, _ = score("real", "--save-stats", "ref.npz", "--crop", 8)
+    assert code == 0 and "wrote ref.npz.fid.json and ref.npz" in out and "JPEG files" in out
+    with np.load("ref.npz") as arrays:
+        assert {k: v.shape for k, v in arrays.items()} == fid.SHAPES and arrays["n"] == 5
+    crops = [train.centre_crop(Image.open(f"real/nested/{i}.JPEG"), 8) for i in range(5)]
+    np.savez_compressed("samples.npz", arr_0=np.stack(crops), arr_1=[0, 0, 1, 1, 2])
+    np.savez("adm.npz", mu=np.zeros(2048), sigma=np.eye(2048), arr_0=np.stack(crops))
+    code, out, _ = score("samples.npz", "ref.npz")
+    report = json.loads(Path("samples.npz.fid.json").read_text())
+    assert code == 0 and report["images"] == {"samples.npz": 5, "ref.npz": 5}
+    assert list(report["results"]["ref.npz"]) == ["random-FID-5", "random-sFID-5", "random-IS-5"]
+    assert report["results"]["ref.npz"]["random-FID-5"] < 1e-4  # the reference itself
+    assert set(report["sha256"]) == {"samples.npz", "ref.npz"} and report["settings"]["num"] is None
+    assert set(report["versions"]) == {"torch", "numpy", "PIL"}
+    assert "sorted by class" in out and "fewer than the 2,048" in out
+    code, out, _ = score("samples.npz", "adm.npz", "--precision-recall", "--kid", "--out", "b.json")
+    result = json.loads(Path("b.json").read_text())["results"]["adm.npz"]
+    names = [f"random-{k}" for k in "FID-5 IS-5 precision recall KID".split()]
+    assert code == 0 and list(result) == names and "0.0 MB of features in float16" in out
+    assert result["random-precision"] == result["random-recall"] == 1
+    assert result["random-FID-5"] > 20 and "adm.npz does not say" in out
+
+
+def test_folder_and_npz_give_the_same_pixels_as_rgb_at_any_size(score):
+    """PNG files and arr_0, stored or deflated, in whole or in part, are one set of images."""
+    images = write_images("a")
+    np.savez("b.npz", arr_0=images)
+    np.savez_compressed("c.npz", arr_0=images)
+    for name in ("a", "b.npz", "c.npz"):
+        source = fid.open_source(name)
+        for numbers in (np.array([1, 3, 4]), np.arange(source.count)):
+            assert source.count == 5 and np.array_equal(source.read(numbers), images[numbers])
+    for i, mode in enumerate(("L", "P", "RGBA")):
+        Image.new("RGB", (20, 10)).convert(mode).save(f"a/{i}.png")
+    shapes = [image.shape for image in fid.open_source("a").read(np.arange(4))]
+    assert shapes == [(10, 20, 3)] * 3 + [(8, 8, 3)]
+    assert {x.shape for x in fid.open_source("a", 4).read(np.arange(4))} == {(4, 4, 3)}
+
+
+def test_script_samples_a_run_and_scores_it(score, tmp_path):
+    """No files in between: the same images as sample.py's, labels as in the data."""
+    Path("run").mkdir()
+    for classes in ([], train.Shapes.classes):
+        config = sid2.Config(8, 2, (16,), "T", depth=1, middle=1, width=16, head_width=16,
+                             num_classes=len(classes), sample_steps=2)
+        net = sid2.UViT(config).eval()
+        for p in net.parameters():  # a fresh network gives 0 for every label
+            torch.nn.init.normal_(p, 0, 0.3)
+        torch.save(dict(config=asdict(config), net={}, ema=net.state_dict(), optimizer={}, step=3,
+                        random={}, classes=classes, seconds=0.0, loss_sum=0.0), "run/checkpoint.pt")
+        args = types.SimpleNamespace(samples="run", data="shapes", num=5, batch=2, cache=tmp_path)
+        fake, real, _ = fid.open_run(args, CPU)
+        pictures, labels = train.Shapes(8, 0).batch(np.arange(5))
+        labels = labels if classes else [0] * 5
+        with sample.autocast(CPU, sample.choose_precision(CPU, "auto")):
+            expected = sample.sample_images(net, config, list(range(5)), labels, CPU, 2)
+        assert np.array_equal(fake.read(np.arange(5)), expected) and fake.count == 5
+        assert np.array_equal(real.read(np.arange(5)), pictures) and real.count == 10_000
+    np.savez("ref.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    assert score("run", "ref.npz", "--data", "shapes", "--num", 5)[0] == 0
+    report = json.loads(Path("run/step-3.fid.json").read_text())
+    assert report["results"]["ref.npz"].keys() == {"random-FID-5", "random-IS-5"}
+    assert report["settings"]["config"]["step"] == 3 and "run/checkpoint.pt" in report["sha256"]
+
+
+def test_result_of_other_settings_is_never_replaced(score):
+    """The same command again may replace its own result."""
+    write_images("samples")
+    np.savez("ref.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    assert score("samples", "ref.npz")[0] == 0
+    before = Path("samples.fid.json").read_bytes()
+    code, _, err = score("samples", "ref.npz", "--num", 4)
+    assert code == 2 and "other settings (num)" in err
+    assert Path("samples.fid.json").read_bytes() == before
+    assert score("samples", "ref.npz", "--batch", 2)[0] == 0
+    assert score("samples", "ref.npz", "--num", 4, "--out", "four.json")[0] == 0
+    assert "random-FID-4" in json.loads(Path("four.json").read_text())["results"]["ref.npz"]
+
+
+def halve(name):
+    Path(name).write_bytes(Path(name).read_bytes()[: Path(name).stat().st_size // 2])
+
+
+@pytest.mark.parametrize("args, message", [
+    ("nowhere good", "nowhere does not exist"),
+    ("good nowhere.npz", "nowhere.npz does not exist"),
+    ("empty good", "no images in empty"),
+    ("few good", "few has 3 images"),
+    ("broken good", "broken/2.png is no readable image"),
+    ("text.npz good", "text.npz is no npz to score with"),
+    ("cut.npz good", "cut.npz is no npz to score with"),
+    ("short.npz good", "short.npz: image 4 is not readable"),
+    ("keys.npz good", "it holds images; wanted: arr_0, or mu and sigma"),
+    ("mu.npz good", "it holds arr_0, mu; wanted: arr_0, or mu and sigma"),
+    ("float.npz good", "arr_0 is float64 (5, 8, 8, 3); wanted: uint8 (N, H, W, 3)"),
+    ("shape.npz good", "arr_0 is uint8 (5, 8, 8, 1); wanted: uint8 (N, H, W, 3)"),
+    ("object.npz good", "object.npz is no npz to score with"),
+    ("good narrow.npz", "mu is (192,); wanted: (2048,), finite"),
+    ("good nan.npz", "sigma is (2048, 2048); wanted: (2048, 2048), finite"),
+    ("good stats.npz --kid", "stats.npz has statistics only"),
+    ("good good --num 6", "--num 6: good has 5 images"),
+    ("good good --num 3", "--num must be at least 4, got 3"),
+    ("good good --batch 0", "--batch must be at least 1, got 0"),
+    ("good good --bath 9", "unrecognized arguments"),
+    ("good", "give SAMPLES REFERENCE, or RUN --data DATA, or DATA --save-stats OUT.npz"),
+    ("good good --save-stats a.npz", "give SAMPLES REFERENCE"),
+    ("good --save-stats stats.npz", "stats.npz exists with other settings"),
+    ("stats.npz --save-stats a.npz", "stats.npz is a file of statistics"),
+    ("good good --out nowhere/a.json", "cannot write nowhere/a.json"),
+    ("run good", "run is a run of train.py: --data DATA"),
+    ("good --data shapes", "no checkpoint at good/checkpoint.pt"),
+])
+def test_bad_input_ends_with_one_line_and_changes_nothing(score, tmp_path, args, message):
+    """Exit code 2; the line names what came and what is wanted."""
+    images, name = write_images("good"), args.split()[0]
+    bad = {"keys.npz": dict(images=images), "mu.npz": dict(arr_0=images, mu=np.zeros(2048)),
+           "float.npz": dict(arr_0=images / 255), "shape.npz": dict(arr_0=images[..., :1]),
+           "object.npz": dict(arr_0=np.array([None])), "cut.npz": dict(arr_0=images),
+           "short.npz": dict(arr_0=images), "narrow.npz": dict(mu=np.zeros(192), sigma=np.eye(192)),
+           "nan.npz": dict(mu=np.zeros(2048), sigma=np.full((2048, 2048), np.nan)),
+           "stats.npz": dict(mu=np.zeros(2048), sigma=np.eye(2048))}
+    for file in bad.keys() & set(args.split()):
+        np.savez(file, **bad[file])
+    if name in ("few", "broken", "run"):
+        write_images(name)
+    match name:
+        case "empty": Path("empty").mkdir()
+        case "run": Path("run/checkpoint.pt").touch()
+        case "few": Path("few/0.png").unlink(), Path("few/1.png").unlink()
+        case "broken": halve("broken/2.png")
+        case "cut.npz": halve("cut.npz")
+        case "text.npz": Path(name).write_text("no zip")
+        case "short.npz":  # a whole zip file whose array ends before its last image
+            with zipfile.ZipFile(name) as archive:
+                array = archive.read("arr_0.npy")
+            with zipfile.ZipFile(name, "w") as archive:
+                archive.writestr("arr_0.npy", array[:-1])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    code, out, err = score(*args.split())
+    assert code == 2 and message in err and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: ")
+    assert err.count("\n") == 1 or name in ("broken", "short.npz")  # begun, with a bar to show it
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_weights_are_loaded_if_their_hash_is_right(inception, tmp_path, monkeypatch, capsys):
+    """Checked every time, since a cache can rot: a truncated download or torchvision's file would
+    give numbers that look like FID. One line says what to fetch where there is no connection."""
+    state = {k: v for k, v in inception.state_dict().items() if "num_batches" not in k}
+    torch.save(state, tmp_path / "weights.pth")  # the published file has no num_batches_tracked
+    digest = fid.sha256(tmp_path / "weights.pth")
+    file = (tmp_path / "weights.pth").rename(tmp_path / f"weights-{digest[:8]}.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(fid, "URL", file.as_uri())
+    monkeypatch.setattr(fid, "SHA256", digest)
+    for path in (None, file):
+        net, weights = fid.load_inception(path)
+        assert weights == digest and not net.training
+        torch.testing.assert_close(net.state_dict(), inception.state_dict(), rtol=0, atol=0)
+    halve(next((tmp_path / "home").rglob("*.pth")))
+    for url, path in (fid.URL, None), (fid.URL, "nowhere.pth"), ("http://127.0.0.1:9/a.pth", None):
+        monkeypatch.setattr(fid, "URL", url)
+        with pytest.raises(SystemExit) as end:
+            fid.load_inception(path)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.splitlines()[-1].startswith("error: no weights of Incep")
+        assert all(fact in err for fact in (url, "95,628,359 bytes", digest, "--inception PATH"))

@@ -1,0 +1,525 @@
+"""Scores samples as the field's own evaluators do: FID, sFID, IS, precision, recall, KID.
+
+    python fid.py DATA --save-stats ref.npz --crop 256     statistics of a reference, once
+    python fid.py SAMPLES ref.npz [REFERENCE ...]          a folder or npz, against each reference
+    python fid.py RUN --data DATA --num 10000              a run of train.py, no files in between
+
+`torchrun --nproc_per_node=8 fid.py ...` gives the same numbers: each image counts once.
+
+    f, s, p = Inception(resize(8-bit image))    2,048 pooled, 2,023 spatial features; 1,008 classes
+    FID = |mu_1 - mu_2|² + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^½)    of f; sFID is the same of s
+    IS  = exp(E KL(p | E p)), mean over splits of 5,000
+    KID = E k(x, x') + E k(y, y') - 2 E k(x, y),   k(x, y) = (x·y / 2048 + 1)³
+    precision = share of samples inside the balls of the references, each as wide as to its third
+                neighbour; recall: roles swapped
+
+FID of N images is too large by about 1/N, so every number carries its N; KID has no such bias.
+Sources: [TTUR] FID, arXiv 1706.08500; [IS] 1606.03498; [ADM] the evaluator of 2105.05233; [PR]
+1904.06991; [KID] 1801.01401; [TF1] TensorFlow 1; [ours] our choice.
+"""
+
+import hashlib
+import json
+import sys
+import zipfile
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sid2
+from sample import (Parser, autocast, choose_precision, fail, load_checkpoint, replacing,
+                    sample_images, setup)
+from train import ImageError, centre_crop, open_data
+
+# --------------------------------------------------------------------------------------------------
+# 1. The network: Google's Inception of 2015-12-05. (!) marks where torchvision's differs
+
+URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+       "pt_inception-2015-12-05-6726825d.pth")  # Apache-2.0
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, c_in: int, c_out: int, kernel=1, stride: int = 1, padding="same"):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)  # torch's default is 1e-5
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.relu_(self.bn(self.conv(h)))
+
+
+class Mixed(nn.Module):
+    """Torchvision's InceptionA to E on c channels; m: channels that differ within a kind. Branches
+    side by side, each a chain of Conv's arguments; a list of kernels forks into a and b."""
+
+    def __init__(self, kind: str, c: int, m: int = 0, pool=nn.AvgPool2d(3, 1, 1, False, False)):
+        super().__init__()  # (!) the last False: torchvision's mean counts the padding
+        row, column, cross = (1, 7), (7, 1), [(1, 3), (3, 1)]
+        branches = dict(
+            A=dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                   branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(m, 1)]),
+            B=dict(branch3x3=[(384, 3, 2, 0)],
+                   branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2, 0)], branch_pool=[]),
+            C=dict(branch1x1=[(192, 1)], branch7x7=[(m, 1), (m, row), (192, column)],
+                   branch7x7dbl=[(m, 1), (m, column), (m, row), (m, column), (192, row)],
+                   branch_pool=[(192, 1)]),
+            D=dict(branch3x3=[(192, 1), (320, 3, 2, 0)],
+                   branch7x7x3=[(192, 1), (192, row), (192, column), (192, 3, 2, 0)],
+                   branch_pool=[]),
+            E=dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, cross)],
+                   branch3x3dbl=[(448, 1), (384, 3), (384, cross)], branch_pool=[(192, 1)]))[kind]
+        pool, self.branches = nn.MaxPool2d(3, 2) if kind in "BD" else pool, []
+        for branch, convs in branches.items():
+            steps, c_in = [[pool]] if branch == "branch_pool" else [], c
+            for i, (c_out, kernel, *more) in enumerate(convs, 1):
+                name = f"{branch}_{i}" if len(convs) > 1 else branch
+                fork = zip("ab", kernel) if isinstance(kernel, list) else [("", kernel)]
+                layers = {name + letter: Conv(c_in, c_out, k, *more) for letter, k in fork}
+                for name, layer in layers.items():
+                    self.add_module(name, layer)
+                steps.append(list(layers.values()))
+                c_in = c_out
+            self.branches.append(steps)
+
+    def forward(self, h: Tensor) -> Tensor:
+        out = []
+        for steps in self.branches:
+            ends = [h]
+            for fork in steps:
+                ends = [layer(ends[0]) for layer in fork]
+            out += ends
+        return torch.cat(out, 1)
+
+
+class Inception(nn.Sequential):
+    """Images (B, 3, 299, 299) in [-1, 1] -> pooled features (B, 2048), spatial features (B, 2023)
+    and log p (B, 1008). 472 tensors under torchvision's names, 23,885,392 values."""
+
+    def __init__(self):
+        super().__init__(OrderedDict(
+            Conv2d_1a_3x3=Conv(3, 32, 3, 2, 0),  # 149 x 149
+            Conv2d_2a_3x3=Conv(32, 32, 3, 1, 0), Conv2d_2b_3x3=Conv(32, 64, 3),  # 147
+            maxpool1=nn.MaxPool2d(3, 2), Conv2d_3b_1x1=Conv(64, 80),  # 73
+            Conv2d_4a_3x3=Conv(80, 192, 3, 1, 0), maxpool2=nn.MaxPool2d(3, 2),  # 71, 35
+            Mixed_5b=Mixed("A", 192, 32), Mixed_5c=Mixed("A", 256, 64),
+            Mixed_5d=Mixed("A", 288, 64), Mixed_6a=Mixed("B", 288),  # 35, 17
+            Mixed_6b=Mixed("C", 768, 128), Mixed_6c=Mixed("C", 768, 160),
+            Mixed_6d=Mixed("C", 768, 160), Mixed_6e=Mixed("C", 768, 192),
+            Mixed_7a=Mixed("D", 768), Mixed_7b=Mixed("E", 1280),  # 8
+            Mixed_7c=Mixed("E", 2048, pool=nn.MaxPool2d(3, 1, 1)),  # (!) torchvision: a mean
+            fc=nn.Linear(2048, 1008)))  # (!) torchvision: 1000 classes
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        for layer in list(self)[:-1]:
+            h = layer(h)
+            if layer is self.Mixed_6d:
+                s = h[:, :7].permute(0, 2, 3, 1).flatten(1)  # 7 of branch1x1, channels last [ADM]
+        f = h.mean((2, 3))
+        return f, s, F.log_softmax(f @ self.fc.weight.T, 1)  # (!) without the bias of fc [ADM]
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_inception(path: str | None) -> tuple[Inception, str]:
+    """The network, and the sha256 of its weights; path: a file, `random`, or None: downloads."""
+    net = Inception().eval()
+    if path == "random":
+        generator = torch.Generator().manual_seed(0)
+        for p in net.parameters():
+            if p.ndim > 1:  # He: the features of all layers have the same power
+                nn.init.kaiming_normal_(p, nonlinearity="relu", generator=generator)
+        return net, "random"
+    try:
+        if path is None:
+            torch.hub.load_state_dict_from_url(URL, None, "cpu", check_hash=True, weights_only=True)
+            path = Path(torch.hub.get_dir(), "checkpoints", Path(URL).name)
+        if sha256(path) != SHA256:
+            raise ValueError("its sha256 is another")
+    except Exception as error:  # of file, urllib, ssl, http or torch
+        fail(f"no weights of Inception at {path or URL} ({error}): fetch {URL} (95,628,359 bytes, "
+             f"sha256 {SHA256}) and give --inception PATH")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    net.load_state_dict(dict(state))  # a plain dict may lack num_batches_tracked, as the file does
+    return net, SHA256
+
+
+def resize(x: Tensor, size: int = 299) -> Tensor:
+    """Bilinear: x (B, C, H, W) -> (B, C, size, size), source place = destination * in / out [TF1].
+
+    No half-pixel centres, no antialiasing, edge clamped: the row [0, 1] becomes [0, .5, 1, 1] at
+    size 4. Trap: F.interpolate differs by 7-36 grey levels and 0.8-1.4 % of the features.
+    """
+    for dim in (3, 2):
+        n = x.shape[dim]
+        place = torch.arange(size, device=x.device) * (n / size)
+        low = place.long()
+        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
+        x = torch.lerp(a, b, (place - low).view(-1, *[1] * (3 - dim)))
+    return x
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. The metrics
+
+
+def mean_covariance(total: Tensor) -> tuple[Tensor, Tensor]:
+    """Of features f, from Σ (f, 1)(f, 1)ᵀ in float64. Trap: float32 sums cost 6e-5 of the trace."""
+    n, mu = total[-1, -1], total[-1, :-1] / total[-1, -1]
+    return mu.cpu(), ((total[:-1, :-1] - n * torch.outer(mu, mu)) / (n - 1)).cpu()
+
+
+def inception_score(total: Tensor) -> float:
+    """From Σp, Σ p log p and n of each split, (splits, 1008 + 2) [IS]."""
+    p, p_log_p = (total[:, :-1] / total[:, -1:]).split([1008, 1], 1)
+    return (p_log_p[:, 0] - torch.xlogy(p, p).sum(1)).exp().mean().item()
+
+
+def frechet(mu_1: Tensor, sigma_1: Tensor, mu_2: Tensor, sigma_2: Tensor) -> float:
+    """|mu_1 - mu_2|² + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^½), float64 [TTUR].
+
+    S_1 S_2 has the eigenvalues of Rᵀ S_2 R, R Rᵀ = S_1, which is symmetric: no complex numbers, and
+    singular covariances (fewer images than features) cost 2e-6 at most.
+    """
+    l, U = torch.linalg.eigh(sigma_1)
+    R = U * l.clamp(min=0).sqrt()
+    root = torch.linalg.eigvalsh(R.T @ sigma_2 @ R).clamp(min=0).sqrt().sum()
+    means = (mu_1 - mu_2).square().sum()
+    return (means + sigma_1.trace() + sigma_2.trace() - 2 * root).clamp(min=0).item()
+
+
+def precision(real: Tensor, fake: Tensor, k: int = 3) -> float:
+    """Share of `fake` (N, D) in the balls around `real` (M, D), each up to its k-th neighbour [PR];
+    k = 3 [ADM]. Recall is precision(fake, real)."""
+    real, fake = real.float(), fake.float()
+    radii = torch.cat([torch.cdist(rows, real).kthvalue(k + 1).values  # the nearest is itself
+                       for rows in real.split(1000)])
+    hits = [(torch.cdist(rows, real) <= radii).any(1) for rows in fake.split(1000)]
+    return torch.cat(hits).double().mean().item()
+
+
+def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int = 1000) -> float:
+    """Squared maximum mean discrepancy, unbiased: mean of 100 subsets of 1,000 [KID]."""
+    rng, m, total = np.random.default_rng(0), min(size, len(x), len(y)), 0.0
+    for _ in range(subsets):
+        a, b = (f[rng.permutation(len(f))[:m]].double() for f in (x, y))
+        aa, bb, ab = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        within = (aa.sum() - aa.trace() + bb.sum() - bb.trace()) / (m * (m - 1))
+        total += (within - 2 * ab.mean()).item()
+    return total / subsets
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Images and statistics
+
+
+@dataclass
+class Source:
+    """Images, statistics, or both (ADM's reference files)."""
+
+    name: str
+    count: int = 0  # of images
+    read: Callable = None  # ascending numbers -> their images, each uint8 (H, W, 3)
+    statistics: dict = field(default_factory=dict)  # mu, sigma, ... of a file
+    note: str = ""
+
+
+def open_folder(path: Path, crop: int | None) -> Source:
+    """All images in it and its sub-folders, as RGB; crop: ADM's, None for as they are."""
+    known = PIL.Image.registered_extensions()
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
+    if not files:
+        fail(f"no images in {path} and its sub-folders: looked for .png, .jpg, .webp and others")
+
+    def decode(number: int) -> np.ndarray:
+        try:
+            with PIL.Image.open(files[number]) as image:
+                image = image.convert("RGB")
+                return np.asarray(centre_crop(image, crop) if crop else image)
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise ImageError(f"{files[number]} is no readable image ({error}): repair or remove it")
+
+    pool, jpeg = ThreadPoolExecutor(), sum(p.suffix.lower() in (".jpg", ".jpeg") for p in files)
+    note = f"{jpeg} images of {path} are JPEG files: compression alone moves FID" if jpeg else ""
+    return Source(str(path), len(files), lambda numbers: list(pool.map(decode, numbers)), note=note)
+
+
+SHAPES = dict(mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023), n=())
+
+
+def open_npz(path: Path) -> Source:
+    """Statistics as in SHAPES, of pytorch-fid, EDM, JiT, ADM or --save-stats; images uint8 arr_0
+    (N, H, W, 3), read from the zip file one by one, as 50,000 of 256 px are 9.8 GB."""
+    source = Source(str(path))
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        if not {"arr_0", "mu"} & {*arrays} or ("mu" in arrays) != ("sigma" in arrays):
+            raise ValueError(f"it holds {', '.join(arrays)}; wanted: arr_0, or mu and sigma")
+        for key in (key for key in SHAPES if "mu" in arrays and key in arrays):
+            value = torch.from_numpy(arrays[key]).double()
+            if value.shape != SHAPES[key] or not value.isfinite().all():
+                raise ValueError(f"{key} is {tuple(value.shape)}; wanted: {SHAPES[key]}, finite")
+            source.statistics[key] = value if value.ndim else int(value)
+        if "arr_0" in arrays:
+            member = zipfile.ZipFile(path).open("arr_0.npy")
+            np.lib.format.read_magic(member)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+                raise ValueError(f"arr_0 is {dtype} {shape}; wanted: uint8 (N, H, W, 3)")
+            start, size = member.tell(), int(np.prod(shape[1:]))
+            source.count, source.read = shape[0], lambda numbers: [image(int(i)) for i in numbers]
+        if "arr_1" in arrays and np.ptp(arrays["arr_1"]) and (np.diff(arrays["arr_1"]) >= 0).all():
+            source.note = f"{path} is sorted by class: IS draws its splits, ADM's does not"
+    except Exception as error:  # zip, zlib, header and type errors share no base
+        fail(f"{path} is no npz to score with ({error})")
+
+    def image(i: int) -> np.ndarray:
+        try:
+            member.seek(start + i * size)
+            return np.frombuffer(member.read(size), np.uint8).reshape(shape[1:])
+        except Exception as error:
+            raise ImageError(f"{path}: image {i} is not readable ({error}): make the file again")
+
+    return source
+
+
+def open_source(name: str, crop: int | None = None) -> Source:
+    path = Path(name)
+    if not path.exists():
+        fail(f"{path} does not exist: give a folder or an npz of images, or an npz of statistics")
+    if (path / "checkpoint.pt").exists():  # its only images are grids
+        fail(f"{path} is a run of train.py: --data DATA says what its samples are scored against")
+    return open_folder(path, crop) if path.is_dir() else open_npz(path)
+
+
+def open_run(args, device: torch.device) -> tuple[Source, Source, dict]:
+    """A run's EMA samples of seeds 0, 1, ..., made when they are read; its data; its settings.
+
+    Sample i has the label of image i of the data in random order: labels are drawn as in the data.
+    """
+    state, num = load_checkpoint(args.samples), args.num or 10_000
+    config = state["config"]
+    settings = asdict(config) | dict(step=state["step"], precision=choose_precision(device, "auto"))
+    data = open_data(args.data, config.image_size, 0, args.cache)
+    if config.num_classes and state["classes"] != list(data.classes):
+        fail(f"--data {args.data} has other classes than {args.samples} was trained with")
+    net = sid2.UViT(config).to(device).eval()
+    try:
+        net.load_state_dict(state["ema"])
+    except RuntimeError:
+        fail(f"the weights of {args.samples} do not fit its configuration: the file is damaged")
+
+    def read(i: np.ndarray) -> np.ndarray:
+        y = data.batch(i)[1] if config.num_classes else np.zeros_like(i)
+        with autocast(device, settings["precision"]):
+            return sample_images(net, config, i.tolist(), y, device, args.batch, disable=True)
+
+    real = Source(data.name, sum(data.counts or [10_000]), lambda i: data.batch(i)[0])
+    return Source(f"{args.samples}, step {state['step']}", num, read), real, settings
+
+
+@torch.inference_mode()
+def measure(source: Source, numbers: np.ndarray, net: Callable, device: torch.device,
+            batch: int = 50, keep: int = 0, split: int = 5000) -> dict:
+    """Statistics of the images `numbers` (ascending), shared out over all processes; float16
+    features of `keep` of them at random: memory grows by these alone, 4 KB each."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    place = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    n, sizes = len(numbers), set()
+    pooled, spatial, score = (torch.zeros(shape, dtype=torch.float64, device=place) for shape in
+                              ((2049, 2049), (2024, 2024), (-(-n // split), 1008 + 2)))
+    features = torch.zeros(min(keep, n), 2048, dtype=torch.float16, device=place)
+    # which are kept, and splits of IS [ours]: those of class-sorted samples have few classes
+    order = torch.from_numpy(np.random.default_rng(0).permutation(n)).to(place)
+
+    mine = np.array_split(np.arange(n), world)[rank]
+    with tqdm(total=len(mine), desc=source.name, unit="img", disable=rank > 0) as bar:
+        for part in (mine[i : i + batch] for i in range(0, len(mine), batch)):
+            images = source.read(numbers[part])
+            shapes = [image.shape for image in images]
+            for shape in sorted(set(shapes)):  # one, as a rule
+                same = [i for i, other in enumerate(shapes) if other == shape]
+                x = torch.from_numpy(np.stack([images[i] for i in same])).to(device)
+                x = (resize(x.permute(0, 3, 1, 2).float()) - 128) / 128
+                out = net(x.contiguous(memory_format=torch.channels_last))
+                f, s, log_p = (t.to(place).double() for t in out)
+                p, p_log_p = log_p.exp(), (log_p.exp() * log_p).sum(1, keepdim=True)
+                one, at = torch.ones_like(p_log_p), order[part[same]]
+                for total, h in (pooled, f), (spatial, s):
+                    rows = torch.cat([h, one], 1)
+                    total.addmm_(rows.T, rows)
+                score.index_add_(0, at // split, torch.cat([p, p_log_p, one], 1))
+                features[at[at < keep]] = f[at < keep].half()
+            sizes |= set(shapes)
+            bar.update(len(part))
+    if world > 1:
+        for t in (pooled, spatial, score, features):
+            dist.all_reduce(t)
+        gathered = [None] * world
+        dist.all_gather_object(gathered, sizes)
+        sizes = set().union(*gathered)
+    (mu, sigma), (mu_s, sigma_s) = mean_covariance(pooled), mean_covariance(spatial)
+    return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, n=n, sizes=sizes, features=features,
+                IS=inception_score(score))
+
+
+def compare(fake: dict, real: dict, args) -> dict[str, float]:
+    """The metrics that both sets of statistics allow, by name; N is the number of samples."""
+    n, out = fake.get("n", "?"), {}
+    n = f"{n // 1000}k" if n != "?" and n % 1000 == 0 else n
+    for name, mu, sigma in ("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s"):
+        if sigma in fake and sigma in real:
+            out[f"{name}-{n}"] = frechet(fake[mu], fake[sigma], real[mu], real[sigma])
+    if "IS" in fake:
+        out[f"IS-{n}"] = fake["IS"]
+    if args.precision_recall:
+        out["precision"] = precision(real["features"], fake["features"])
+        out["recall"] = precision(fake["features"], real["features"])
+    if args.kid:
+        out["KID"] = kid(fake["features"], real["features"])
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Command line
+
+
+def evaluate(args):
+    rank, world, device = setup(args.device)
+    torch.set_float32_matmul_precision("highest")  # no TF32, no bfloat16 in matrix products ...
+    torch.backends.cudnn.allow_tf32 = False  # ... nor in convolutions, where it is torch's default
+
+    # what is scored against what
+    references, config = [open_source(name, args.crop) for name in args.references], None
+    beside, need = Path(args.save_stats or args.samples), args.precision_recall or args.kid
+    if args.data:
+        samples, real, config = open_run(args, device)
+        references = references or [real]
+        beside = (beside if beside.is_dir() else beside.parent) / f"step-{config['step']}"
+    else:
+        samples = open_source(args.samples, args.crop)
+    for source in [samples, *references]:
+        if need and not source.read:
+            fail(f"{source.name} has statistics only: --precision-recall and --kid need images")
+        if not source.statistics and source.count < 4:
+            fail(f"{source.name} has {source.count} images: third neighbours need 4 at least")
+    if samples.statistics and (args.num or args.save_stats):
+        fail(f"{samples.name} is a file of statistics: --num and --save-stats need images")
+    if args.num and args.num > samples.count:
+        fail(f"--num {args.num}: {samples.name} has {samples.count} images")
+    chosen = np.sort(np.random.default_rng(0).permutation(samples.count)[: args.num])
+
+    # where the result goes: it replaces one of the same settings only
+    net, weights = load_inception(args.inception)
+    net = net.to(device, memory_format=torch.channels_last)
+    settings = vars(args) | dict(weights=weights, config=config)
+    for free in "out", "batch", "cache", "device", "inception":
+        del settings[free]
+    settings = json.loads(json.dumps(settings))  # as they will be read back
+    out = Path(args.out or f"{beside}.fid.json")
+    files = [out, *map(Path, [args.save_stats] if args.save_stats else [])]
+    try:
+        before = dict(json.loads(out.read_text())["settings"])
+    except (OSError, ValueError, LookupError, TypeError):
+        before = {}
+    for file in files:
+        if file.exists() and before != settings:
+            changed = ", ".join(k for k in settings if before.get(k, ()) != settings[k])
+            fail(f"{file} exists with other settings ({changed}): give another name")
+        if not file.parent.is_dir():
+            fail(f"cannot write {file}: there is no folder {file.parent}")
+    if need and rank == 0:
+        print(f"holding {4096 * len(chosen) / 1e6:.1f} MB of features in float16")
+
+    done = []
+    for source in [samples, *references]:
+        statistics = source.statistics
+        if need or not statistics:
+            numbers = chosen if source is samples else np.arange(source.count)
+            keep = 0 if not need else len(numbers) if source is samples else 10_000  # [ADM]
+            measured = measure(source, numbers, net, device, args.batch, keep)
+            if statistics:  # of a file, they hold: ADM's are of the whole training set
+                measured = dict(features=measured["features"])
+            statistics = statistics | measured
+        done.append(statistics)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    prefix = "random-" * (weights == "random")  # never to be mistaken for FID
+    results = {source.name: {prefix + k: v for k, v in compare(done[0], real, args).items()}
+               for source, real in zip(references, done[1:])}
+
+    # what a reader of the numbers must know
+    notes = [samples.note] if samples.note else []
+    if len(sizes := done[0].get("sizes", ())) > 1:
+        notes.append(f"samples of {len(sizes)} sizes: each is resized to 299 x 299 by itself")
+    counts = {source.name: s.get("n", "?") for source, s in zip([samples, *references], done)}
+    for name, n in counts.items():
+        if n == "?":
+            notes.append(f"{name} does not say of how many images it is")
+        elif n < 10_000:
+            notes.append(f"{name} has {n} images{', fewer than the 2,048 features' * (n < 2048)}: "
+                         "FID is biased, compare with FID of as many, or use --kid")
+    named = [args.samples, f"{args.samples}/checkpoint.pt", *args.references]
+    report = dict(results=results, images=counts, notes=notes, settings=settings,
+                  sha256={name: sha256(name) for name in named if Path(name).is_file()},
+                  versions={module.__name__: module.__version__ for module in (torch, np, PIL)},
+                  device=str(device), processes=world, batch=args.batch)
+    if args.save_stats:
+        with replacing(files[-1]) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{k: np.asarray(done[0][k]) for k in SHAPES})
+    with replacing(out) as temporary:
+        temporary.write_text(json.dumps(report, indent=1))
+
+    print(f"{samples.name}: {done[0].get('n', '?')} images")
+    for name, values in results.items():
+        print(*(f"{k} {v:<8.5g}" for k, v in values.items()), f" {name}, {counts[name]} images")
+    print(*(f"note: {note}" for note in notes), f"wrote {' and '.join(map(str, files))}", sep="\n")
+
+
+def main():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("samples", help="folder or npz; with --data a run of train.py")
+    parser.add_argument("references", nargs="*", help="folders or npz; default with --data: that")
+    parser.add_argument("--save-stats", metavar="OUT.npz", help="write statistics of SAMPLES")
+    parser.add_argument("--precision-recall", action="store_true", help="holds 4 KB per sample")
+    parser.add_argument("--kid", action="store_true", help="holds 4 KB per sample")
+    parser.add_argument("--data", help="as in train.py: labels, and the reference if none is named")
+    parser.add_argument("--num", type=int, help="a fixed choice; default: all, or 10000 of a run")
+    parser.add_argument("--crop", type=int, help="ADM's centre crop of all folders, in pixels")
+    parser.add_argument("--inception", metavar="PATH", help="default: downloaded once; or `random`")
+    parser.add_argument("--out", metavar="OUT.json", help="default: SAMPLES.fid.json")
+    parser.add_argument("--batch", type=int, default=50, help="images at once, per process")
+    parser.add_argument("--cache", default="~/.cache/sid2", help="for decoded data: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = parser.parse_args()
+    for flag, least in dict(num=4, crop=1, batch=1).items():  # third neighbours need 4 images
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            fail(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
+    if bool(args.save_stats) == bool(args.references or args.data):
+        fail("give SAMPLES REFERENCE, or RUN --data DATA, or DATA --save-stats OUT.npz")
+    try:
+        evaluate(args)
+    except ImageError as error:  # where fail() may be mute: in a process of rank above 0
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()
