@@ -4,7 +4,8 @@
     python fid.py SAMPLES ref.npz [REFERENCE ...]          a folder or npz, against each reference
     python fid.py RUN --data DATA --num 10000              a run of train.py, no files in between
 
-`torchrun --nproc_per_node=8 fid.py ...` gives the same numbers: each image counts once.
+`torchrun --nproc_per_node=8 -- fid.py ...` gives the same numbers: each image counts once. (The
+`--` keeps torchrun from reading `--num` as its own.)
 
     f, s, p = Inception(resize(8-bit image))    2,048 pooled, 2,023 spatial features; 1,008 classes
     FID = |mu_1 - mu_2|² + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^½)    of f; sFID is the same of s
