@@ -14,7 +14,7 @@
     precision = share of samples inside the balls of the references, each as wide as to its third
                 neighbour; recall: roles swapped
 
-FID of N images is too large by about 1/N, so every number carries its N; KID has no such bias.
+FID of N images is too large, by what falls as 1/N, so every number carries its N; KID is not.
 Sources: [TTUR] FID, arXiv 1706.08500; [IS] 1606.03498; [ADM] the evaluator of 2105.05233; [PR]
 1904.06991; [KID] 1801.01401; [TF1] TensorFlow 1; [ours] our choice.
 """
@@ -505,10 +505,10 @@ def main():
     parser.add_argument("--num", type=int, help="a fixed choice; default: all, or 10000 of a run")
     parser.add_argument("--crop", type=int, help="ADM's centre crop of all folders, in pixels")
     parser.add_argument("--inception", metavar="PATH", help="default: downloaded once; or `random`")
-    parser.add_argument("--out", metavar="OUT.json", help="default: SAMPLES.fid.json")
+    parser.add_argument("--out", metavar="OUT.json", help="default: beside SAMPLES")
     parser.add_argument("--batch", type=int, default=50, help="images at once, per process")
     parser.add_argument("--cache", default="~/.cache/sid2", help="for decoded data: %(default)s")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     args = parser.parse_args()
     for flag, least in dict(num=4, crop=1, batch=1).items():  # third neighbours need 4 images
         if getattr(args, flag) is not None and getattr(args, flag) < least:

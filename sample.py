@@ -297,8 +297,8 @@ def main():
         digest.update(w.numpy())
     settings = dict(checkpoint=str(checkpoint.resolve()), step=state["step"], weights=args.weights,
                     sha256=digest.hexdigest(), seeds=[first, last], classes=classes,
-                    format=args.format, precision=precision, device=device.type, torch=torch.__version__,
-                    config=asdict(config))
+                    format=args.format, precision=precision, device=device.type,
+                    torch=torch.__version__, config=asdict(config))
     settings = json.loads(json.dumps(settings))  # as they will be read back
 
     # images go one by one to a folder, its settings beside it, so that a cut-off run can go on

@@ -22,7 +22,7 @@ No code of the authors was ever released. Every constant says in brackets where 
     [derived] arithmetic from the above, shown by a test
     [ours]    in no text that we could read: our choice, with its reason
 
-A section uses the sections above it and torch, nothing else: reading order is copying order.
+A section uses the imports and the sections above it: reading order is copying order.
 """
 
 import math
@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Config:
-    """One run: network, noise process, training, sampling. The defaults are the paper's recipe."""
+    """One run: network, noise process, training, sampling. Defaults are those of ImageNet."""
 
     # network
     image_size: int  # height = width of the images, in pixels
@@ -55,7 +55,7 @@ class Config:
     num_classes: int = 1000  # ImageNet [SiD2]; 0: unconditional; label num_classes: null class
     # noise process and loss
     noise_low: int = 32  # noise resolution at t = 1, in pixels [SiD2*]
-    noise_high: int = 64  # noise resolution at t = 0: the image size [SiD2*] [MCM]
+    noise_high: int = 64  # at t = 0: the image size, from 64 px up [SiD2*] [MCM]
     bias: float = 0.0  # b of the weighting sigmoid(b - logsnr), by resolution [SiD2*] [VDM++]
     # training
     steps: int = 500_000  # [SD]
@@ -74,7 +74,7 @@ class Config:
     sample_steps: int = 512  # [SiD2*]
     gamma: float = 0.2  # DDPM noise between its lower (0) and upper (1) bound [SD]
     guidance: float = 2.0  # scale inside the interval; 1 is no guidance [GI]
-    interval: tuple = (-2.13, 2.55)  # low <= logsnr < high: noise 0.28 < sigma <= 2.90 [GI]
+    interval: tuple = (-2.13, 2.55)  # low <= logsnr < high: 0.28 < sigma / alpha <= 2.90 [GI]
 
 
 # The paper's rows are one network; compute grows by finer patches, not more parameters [SiD2].
@@ -88,7 +88,7 @@ PRESETS = {
                      sample_steps=32, interval=(-6.0, 6.0)),  # [ours]
     "cifar10": Config(32, 1, (128, 256, 512), "RTT", middle=8, width=512, head_width=64,
                       num_classes=10, noise_high=32, bias=2.0, steps=40_000, batch=256, lr=3e-4,
-                      warmup=1000, ema=0.9995, sample_steps=256),  # [ours]
+                      warmup=1000, ema=0.9995, save_every=1000, sample_steps=256),  # [ours]
     #                      pixels patch channels           blocks                  loss bias
     "imagenet64":     Config( 64, 1, (256, 512, 1024),      "RTT",  noise_high=64,  bias=2.0),
     "imagenet128":    Config(128, 1, (128, 256, 512, 1024), "RRTT", noise_high=128, bias=0.0),
@@ -126,7 +126,7 @@ def schedule(t: Tensor, image_size: int, noise_low: int, noise_high: int) -> tup
 def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma, shaped (..., 1, 1, 1) to multiply images; logsnr: (B,) or a scalar.
 
-    Trap: sqrt(1 - alpha²) is exactly 0 in float32 from logsnr 18 up; sigmoid(-logsnr) is not.
+    Trap: sqrt(1 - alpha²) is exactly 0 in float32 from logsnr 17 up; sigmoid(-logsnr) is not.
     """
     logsnr = logsnr.float()[..., None, None, None]
     return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
@@ -391,7 +391,7 @@ def ddpm_step(z: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, gamm
         variance = (1 - r) sigma_s^(2 - 2 gamma) sigma_t^(2 gamma)
 
     gamma = 0 is exact when the data are one point, gamma = 1 when they are standard normal. Trap:
-    1 - r by expm1; else a step of 1e-4 nats keeps four digits.
+    1 - r by expm1; else a step of 1e-4 nats near logsnr 0 keeps four digits.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
     r = torch.exp(logsnr_t - logsnr_s)[..., None, None, None]
@@ -487,7 +487,7 @@ def main():
     print("preset             M params (published)     GMAC (published)  FID (published)  bias  "
           "noise    levels")
     for name, c in PRESETS.items():
-        (parameters, gmac), (there_gmac, there, fid) = count(c), PUBLISHED.get(name, "---")
+        (parameters, gmac), (there_gmac, there, fid) = count(c), PUBLISHED.get(name, ("-",) * 3)
         sides = [c.image_size // c.patch_size >> level for level in range(len(c.channels))]
         levels = [f"{b} {n}² x {C} ({n * n})" for b, n, C in zip(c.blocks, sides, c.channels)]
         print(f"{name:15} {parameters / 1e6:11.1f} {there:>11} {gmac:10.2f} {there_gmac:>11} "

@@ -4,7 +4,7 @@
     python train.py --preset cifar10                       one GPU
     torchrun --nproc_per_node=8 train.py --preset imagenet256_p2 --data FOLDER
 
-The same command again goes on exactly where the run stopped. Whatever is random at step n is a
+The same command again goes on exactly, from the last checkpoint. Whatever is random at step n is a
 function of the seed and n, or of the seed and the number of an image, counted over the run: nothing
 else needs to be remembered, and neither the number of processes nor the micro-batch changes what
 the network sees (dropout draws anew for each).
@@ -455,6 +455,11 @@ def main():
         except (KeyError, RuntimeError, ValueError):
             fail(f"the weights in {out / 'checkpoint.pt'} do not fit its configuration: "
                  "the file is damaged")
+    if world > 1:  # a machine that does not see the run's folder would start anew
+        ends = torch.tensor([state["step"], -state["step"]], device=device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if ends.sum() != 0:
+            fail(f"not all processes see the checkpoint in {out}: it must be on a shared disk")
     net.checkpointing = args.checkpointing
     if args.compile or args.compile is None and device.type == "cuda":
         net.compile()
