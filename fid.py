@@ -14,7 +14,7 @@
     precision = share of samples inside the balls of the references, each as wide as to its third
                 neighbour; recall: roles swapped
 
-FID of N images is too large, by what falls as 1/N, so every number carries its N; KID is not.
+FID of N images is too large by what falls as 1/N: every number carries its N. KID has no bias.
 Sources: [TTUR] FID, arXiv 1706.08500; [IS] 1606.03498; [ADM] the evaluator of 2105.05233; [PR]
 1904.06991; [KID] 1801.01401; [TF1] TensorFlow 1; [ours] our choice.
 """

@@ -322,7 +322,7 @@ class UViT(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.patch_size, self.checkpointing = config.patch_size, False
-        C, levels = config.channels, range(len(config.channels) - 1)  # the last one is the middle
+        C, levels = config.channels, range(len(config.channels) - 1)  # above the middle
         self.first = config.blocks.find("T")  # the level where transformers begin
 
         def blocks(level: int, count: int) -> nn.ModuleList:
