@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sid2
-from sample import (Parser, autocast, choose_precision, fail, load_checkpoint, replacing,
-                    sample_images, setup)
+from sample import (Parser, autocast, choose_precision, fail, guarded, leave, load_checkpoint,
+                    replacing, sample_images, setup)
 from train import ImageError, centre_crop, open_data
 
 # --------------------------------------------------------------------------------------------------
@@ -315,7 +315,9 @@ def open_run(args, device: torch.device) -> tuple[Source, Source, dict]:
     """
     state, num = load_checkpoint(args.samples), args.num or 10_000
     config = state["config"]
-    settings = asdict(config) | dict(step=state["step"], precision=choose_precision(device, "auto"))
+    settings = asdict(config) | dict(
+        step=state["step"], checkpoint=str(state["file"]),
+        precision=choose_precision(device, "auto"))
     data = open_data(args.data, config.image_size, 0, args.cache)
     if config.num_classes and state["classes"] != list(data.classes):
         fail(f"--data {args.data} has other classes than {args.samples} was trained with")
@@ -458,8 +460,7 @@ def evaluate(args):
                 measured = dict(features=measured["features"])
             statistics = statistics | measured
         done.append(statistics)
-    if world > 1:
-        dist.destroy_process_group()
+    leave()
     if rank > 0:
         return
     prefix = "random-" * (weights == "random")  # never to be mistaken for FID
@@ -477,7 +478,7 @@ def evaluate(args):
         elif n < 10_000:
             notes.append(f"{name} has {n} images{', fewer than the 2,048 features' * (n < 2048)}: "
                          "FID is biased, compare with FID of as many, or use --kid")
-    named = [args.samples, f"{args.samples}/checkpoint.pt", *args.references]
+    named = [args.samples, *args.references, *([config["checkpoint"]] if config else [])]
     report = dict(results=results, images=counts, notes=notes, settings=settings,
                   sha256={name: sha256(name) for name in named if Path(name).is_file()},
                   versions={module.__name__: module.__version__ for module in (torch, np, PIL)},
@@ -494,6 +495,7 @@ def evaluate(args):
     print(*(f"note: {note}" for note in notes), f"wrote {' and '.join(map(str, files))}", sep="\n")
 
 
+@guarded
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("samples", help="folder or npz; with --data a run of train.py")

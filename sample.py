@@ -9,6 +9,7 @@ Image i depends on its seed alone. A run that was cut off goes on when the comma
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -16,7 +17,9 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import sys
+import time
 import zipfile
 from dataclasses import asdict
 from datetime import timedelta
@@ -34,11 +37,36 @@ import sid2
 # 1. What the scripts share: errors, devices, configurations, checkpoints
 
 
-def fail(message: str, everywhere: bool = False):
+def fail(message: str, everywhere: bool = False, code: int = 2):
     """Bad input ends here: one line, exit code 2. Where all processes see it, the first speaks."""
     if everywhere or os.environ.get("RANK", "0") == "0":
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(code)
+
+
+def guarded(main):
+    """What a script cannot help ends it with one line, too; SIGTERM is like Ctrl-C."""
+
+    @functools.wraps(main)
+    def script():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            main()
+        except KeyboardInterrupt:
+            fail("interrupted: what was written before is whole", code=130)
+        except torch.OutOfMemoryError:
+            fail("out of GPU memory: --batch, or --micro-batch in train.py, takes fewer images at "
+                 "once", everywhere=True)
+        except OSError as error:  # no space, no permission, a disk that went away
+            fail(error, everywhere=True)
+        except RuntimeError as error:
+            if not dist.is_initialized() or not (isinstance(error, dist.DistError)
+                                                 or "gloo" in str(error)):
+                raise
+            fail("another process of this run has ended; what was written before is whole, the "
+                 "same command goes on from there", everywhere=True, code=1)
+
+    return script
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,10 +94,32 @@ def setup(name: str = "auto") -> tuple[int, int, torch.device]:
         fail(f"--device {name} cannot be used by process {local} of this machine: {reason}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:  # the others wait while the first decodes data or draws pictures
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        host_group()
     return rank, world, device
+
+
+@functools.cache
+def host_group():
+    """Processes that wait for each other on the CPU: for hours, while one decodes or draws."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+
+
+def agree(flag: bool = False) -> bool:
+    """Whether any process says so. All wait here for the last."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, host_group())
+    return flags.item() > 0
+
+
+def leave():
+    """All processes end together: torch's threads may abort where one exits amid a collective."""
+    agree()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def choose_precision(device: torch.device, precision: str) -> str:
@@ -121,35 +171,60 @@ def make_config(**given) -> sid2.Config:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The checkpoint at `path`, or in the run folder `path`. Never executes what it loads."""
+    """The checkpoint at `path`, or in the run folder `path`, there the one before if the last is
+    damaged. Never executes what it loads."""
     path = Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.is_file():
+    files = [path / "checkpoint.pt", path / "previous.pt"] if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    if not files:
         fail(f"no checkpoint at {path}: give the folder or the checkpoint.pt of a run of train.py")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"] = sid2.Config(**state["config"])
-        keys = "config net ema optimizer step random classes seconds loss_sum".split()
-        return {key: state[key] for key in keys}
-    except Exception as error:  # what torch.load raises has no narrower common type
-        fail(f"{path} is truncated or no checkpoint of train.py ({type(error).__name__})")
+    for file in files:
+        try:
+            if zipfile.ZipFile(file).testzip():  # torch does not look at the checksums
+                raise ValueError("checksum")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            state["config"] = sid2.Config(**state["config"])
+            keys = "config net ema optimizer step random classes seconds window".split()
+            return {key: state[key] for key in keys} | {"file": file}
+        except Exception as error:  # what torch.load raises has no narrower common type
+            damage = f"{file} is truncated or no checkpoint of train.py ({type(error).__name__})"
+        if file != files[-1] and os.environ.get("RANK", "0") == "0":
+            print(f"warning: {damage}; taking {files[-1]}", file=sys.stderr)
+    fail(damage)
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
-    """A temporary name beside `path` that takes its place when all has gone well.
+def replacing(path: Path, previous: Path | None = None):
+    """A temporary name beside `path` that takes its place when all has gone well, and is on the
+    disk; what was there is kept as `previous`.
 
-    So nobody reads half a file, and what was there stays if the disk is full.
+    So nobody reads half a file, and what was there stays if the disk is full or power fails.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # not every system can open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         reason = str(error).splitlines()[0]
         fail(f"cannot write {path} ({reason}): nothing there was changed", everywhere=True)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, hours: float = 0):
+    """Removes temporary files that a killed process left behind."""
+    for file in folder.rglob(".*.part"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time.time() - file.stat().st_mtime >= 3600 * hours:
+                file.unlink()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,6 +343,7 @@ def find_classes(given: list[str] | None, names: list[str], num_classes: int, sh
     return [numbers[name] for name in given]
 
 
+@guarded
 def main():
     args = parse()
     state = load_checkpoint(args.run)
@@ -290,7 +366,7 @@ def main():
 
     rank, world, device = setup(args.device)
     precision = choose_precision(device, args.precision)
-    checkpoint = Path(args.run) / "checkpoint.pt" if Path(args.run).is_dir() else Path(args.run)
+    checkpoint = state["file"]
     weights = state["ema" if args.weights == "ema" else "net"]
     digest = hashlib.sha256()
     for w in weights.values():
@@ -326,16 +402,20 @@ def main():
         fail(f"{out} or {parts(out)} was made with other settings ({changed}) or by something "
              "else: give another --out")
     folder, finished = parts(out), out.is_file()
-    if world > 1:
-        dist.barrier()  # all have looked before one writes
+    agree()  # all have looked before one writes
     if finished:
-        return print(f"{out} is there already, made with these settings") if rank == 0 else None
+        if rank == 0:
+            print(f"{out} is there already, made with these settings")
+        return leave()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to {out}: {error}")
-    with replacing(json_of(folder)) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1))
+    if rank == 0:
+        sweep(folder)
+        with replacing(json_of(folder)) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
+    agree()  # the others write after the sweep
 
     net = sid2.UViT(config).to(device).eval()
     try:
@@ -358,9 +438,7 @@ def main():
         for i, image in zip(part, images):
             with replacing(files[i]) as temporary:
                 Image.fromarray(image).save(temporary, "PNG")
-    if world > 1:
-        dist.barrier()  # the last image is there
-        dist.destroy_process_group()
+    leave()  # the last image is there
     if rank == 0 and args.format != "folder":
         with replacing(out) as temporary:
             if args.format == "npz":

@@ -2,7 +2,8 @@
 
     python -m pytest
 
-SID2_IMAGES=FOLDER lets the last tests use real images; without it they skip and say so.
+SID2_IMAGES=FOLDER lets one test use real images; without it that one skips and says so.
+SID2_LONG=1 makes the tests of section 9 long: 60 kills, 12,000 damaged files (about an hour).
 """
 
 import ast
@@ -11,15 +12,22 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import pickle
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import tokenize
 import types
+import warnings
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -681,7 +689,7 @@ def torchrun(script, *flags, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
                "--standalone", str(ROOT / script), *map(str, flags)]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[:5000]
     return result.stdout
 
 
@@ -698,7 +706,7 @@ def same(a, b, exact=True, tolerance=1e-5):
 
 def log_of(out):
     """The columns of log.csv that are not times."""
-    return [row[:5] for row in csv.reader(open(Path(out) / "log.csv"))]
+    return [row[:6] for row in csv.reader(open(Path(out) / "log.csv"))]
 
 
 @pytest.fixture(scope="module")
@@ -729,11 +737,11 @@ def finished(tmp_path_factory, folder):
 
 def test_a_run_leaves_what_the_readme_says(finished):
     out, state, printed = finished
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "config.json", "log.csv", "samples"]
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint.pt", "config.json", "log.csv", "previous.pt", "samples"]
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["0000003.png", "0000004.png"]
     assert json.loads((out / "config.json").read_text())["channels"] == [8, 16]
     header, *rows = csv.reader(open(out / "log.csv"))
-    assert header == "step images loss grad_norm lr images_per_second data_wait seconds".split()
+    assert header == "step images loss grad_norm lr skipped images_per_second data_wait seconds".split()
     assert [row[:2] for row in rows] == [["2", "16"], ["4", "32"]] and rows[0][4] == "0.01"
     assert state["step"] == 4 and state["classes"] == ["a", "b", "c"] and sid2.Config(**state["config"]).num_classes == 3
     sid2.UViT(sid2.Config(**state["config"])).load_state_dict(state["ema"])
@@ -754,14 +762,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, folder,
         def cut(average, net, n, decay):
             real(average, net, n, decay)
             if n == 4:
-                raise KeyboardInterrupt
+                raise LookupError
 
         monkeypatch.setattr(sid2, "ema_update", cut)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(LookupError):
             fit(parts, *flags, config=config)
         monkeypatch.setattr(sid2, "ema_update", real)
         with open(parts / "log.csv", "a") as log:
-            log.write("5,40,9,9,9,9,9,9\nbro")  # a row after the last checkpoint, and half of one
+            log.write("5,40,9,9,9,0,9,9,9\nbro")  # a row after the last checkpoint, and half of one
         state, printed = fit(parts, *flags, config=config)
         assert "resumed at step 4" in printed
         del expected["seconds"], state["seconds"]
@@ -770,16 +778,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, folder,
     before = (parts / "checkpoint.pt").read_bytes()
     assert "nothing left" in fit(parts, *flags, config=config)[1]
     assert before == (parts / "checkpoint.pt").read_bytes()
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, monkeypatch):
-    """Exit code 1, a message, and the checkpoint before it stays: never a NaN in weights that are kept."""
-    calls, real = [], sid2.sigmoid_loss
-    monkeypatch.setattr(sid2, "sigmoid_loss", lambda *a: real(*a) * (math.nan if calls.append(1) or len(calls) == 3 else 1))
-    code, _, err = run(train, "--data", "shapes", "--out", tmp_path / "run", "--device", "cpu", *flags_of(save_every=1))
-    assert code == 1 and "not finite" in err
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 2 and all(w.isfinite().all() for w in state["net"].values())
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
@@ -856,8 +854,8 @@ def test_an_unlabelled_folder_trains_an_unconditional_network(tmp_path, folder):
 def test_images_of_every_kind_become_rgb(folder):
     files = sorted(p for p in folder.rglob("*.*") if p.suffix != ".txt")
     for i, file in enumerate(files):
-        image = train.Files(files, 8)[i]
-        assert image.shape == (8, 8, 3) and image.dtype == np.uint8, file
+        image, error = train.Files(files, 8)[i]
+        assert image.shape == (8, 8, 3) and image.dtype == np.uint8 and not error, file
     ramp = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
     assert np.asarray(train.to_rgb(ramp))[..., 1].tolist() == (np.asarray(ramp) >> 8).tolist()
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
@@ -882,7 +880,7 @@ def test_the_crop_keeps_the_middle_and_its_proportions():
 
 def test_the_cache_holds_what_decoding_gives(tmp_path, folder):
     data = train.open_data(str(folder), 8, 0, tmp_path)
-    direct = train.Files(sorted(p for p in folder.rglob("*.*") if p.suffix != ".txt"), 8)(np.arange(9))
+    direct = train.Files(sorted(p for p in folder.rglob("*.*") if p.suffix != ".txt"), 8)(range(9))
     assert np.array_equal(data.read(np.arange(9)), direct) and len(list(tmp_path.glob("*.npy"))) == 1
     assert data.classes == ["a", "b", "c"] and np.bincount(data.labels).tolist() == [3, 3, 3]
 
@@ -1034,8 +1032,8 @@ BAD_TRAIN = [  # what is wrong, the flags, words of the message
     (lambda p, f: ["--num-classes", "4"], "--num-classes 4: shapes.* has 6 classes"),
     (lambda p, f: ["--data", p / "nowhere"], "nowhere: neither shapes, cifar10, a folder nor an .npz"),
     (lambda p, f: ["--data", bad_images(p, "empty")], "no images in .*empty"),
-    (lambda p, f: ["--data", bad_images(p, "broken")], "b/broken.png is no readable image"),
-    (lambda p, f: ["--data", bad_images(p, "broken"), "--workers", "1"], "b/broken.png is no readable image"),
+    (lambda p, f: ["--data", bad_images(p, "broken")], "1 of 2 images .* cannot be read.*b/broken.png"),
+    (lambda p, f: ["--data", bad_images(p, "broken"), "--workers", "1"], "1 of 2 images .* cannot be read.*b/broken.png"),
     (lambda p, f: ["--data", bad_images(p, "loose")], "1 images beside its 1 class folders"),
     (lambda p, f: ["--data", bad_npz(p, images=U8(2, 8, 8, 3))], "no npz with an array arr_0"),
     (lambda p, f: ["--data", bad_npz(p, arr_0=np.zeros((2, 8, 8, 3)))], "arr_0 is float64"),
@@ -1106,8 +1104,371 @@ def test_real_images_train(tmp_path):
     fit(tmp_path / "run", "--data", os.environ["SID2_IMAGES"], "--cache", tmp_path / "cache", image_size=32)
 
 
+# ---------------------------------------------------------------------------------------------------
+# 9. Nothing lost
+
+LONG = "SID2_LONG" in os.environ
+SAVED = "net ema optimizer step random classes window".split()
+
+
+def equal_runs(a, b, steps=None):
+    """Weights, average, optimiser, counters, log and pictures of two runs are the same, bit for bit."""
+    one, two = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (a, b))
+    assert same([one[key] for key in SAVED], [two[key] for key in SAVED])
+    assert log_of(a) == log_of(b)
+    pictures = [{p.name: p.read_bytes() for p in (run / "samples").iterdir()} for run in (a, b)]
+    assert pictures[0] == pictures[1]
+    return True
+
+
+def interrupt(monkeypatch, module, name, call, *numbers):
+    """Signals to this process itself, amid the given call of a function."""
+    calls, real = itertools.count(1), getattr(module, name)
+
+    def patched(*args, **kwargs):
+        if next(calls) == call:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, patched)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_and_nothing_differs(tmp_path, monkeypatch, number):
+    """SIGTERM and Ctrl-C: the step is finished and saved, exit code 0; between two rows of the log, too."""
+    flags = dict(steps=7, log_every=4, sample_every=5, save_every=100)
+    fit(tmp_path / "whole", "--data", "shapes", **flags)
+    with monkeypatch.context() as patch:
+        interrupt(patch, sid2, "sigmoid_loss", 3, number)
+        state, printed = fit(tmp_path / "cut", "--data", "shapes", **flags)
+    assert state["step"] == 3 and "3 of 7 steps saved, then stopped by a signal" in printed
+    state, printed = fit(tmp_path / "cut", "--data", "shapes", **flags)
+    assert "resumed at step 3" in printed and equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_signal_does_not_wait_for_a_picture_which_the_next_start_draws(tmp_path, monkeypatch):
+    flags = dict(steps=6, sample_every=4, save_every=100)
+    fit(tmp_path / "whole", "--data", "shapes", **flags)
+    with monkeypatch.context() as patch:
+        interrupt(patch, sid2, "x_from_v", 2, signal.SIGTERM)
+        state, _ = fit(tmp_path / "cut", "--data", "shapes", **flags)
+    assert state["step"] == 4 and not any((tmp_path / "cut" / "samples").iterdir())
+    fit(tmp_path / "cut", "--data", "shapes", **flags)
+    assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
+    flags = dict(steps=6, save_every=2)
+    with monkeypatch.context() as patch:
+        interrupt(patch, sid2, "sigmoid_loss", 4, signal.SIGINT, signal.SIGINT)
+        code, _, err = run(train, "--data", "shapes", "--out", tmp_path / "run", "--device", "cpu", *flags_of(**flags))
+    assert code == 130 and "interrupted" in err and "Traceback" not in err
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def poison(monkeypatch, calls, value):
+    """At the given calls the loss gets `value` added, which leaves its gradient as it is."""
+    count, real = itertools.count(1), sid2.sigmoid_loss
+    monkeypatch.setattr(sid2, "sigmoid_loss", lambda *a: real(*a) + (value if next(count) in calls else 0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, value):
+    """Weights, moments and their step count stay as they were: the run equals one whose step did not happen."""
+    before, _ = fit(tmp_path / "two", "--data", "shapes", steps=2, log_every=1)
+    poison(monkeypatch, [3], value)
+    after, _ = fit(tmp_path / "three", "--data", "shapes", steps=3, log_every=1)
+    assert same([before["net"], before["optimizer"]["state"]], [after["net"], after["optimizer"]["state"]])
+    assert all(w.isfinite().all() for w in after["ema"].values()) and after["window"]["skipped"] == 1
+    rows = log_of(tmp_path / "three")
+    assert rows[:3] == log_of(tmp_path / "two") and rows[3][2:4] == ["nan", "nan"] and rows[3][5] == "1"
+
+
+def test_ten_such_steps_in_a_row_end_the_run_with_a_diagnosis(tmp_path, monkeypatch, folder):
+    """Exit code 1, a message, who was in those batches at which noise; nine in a row are forgiven."""
+    flags = dict(steps=24, save_every=2, log_every=4)
+    poison(monkeypatch, [*range(2, 11), *range(12, 25)], math.nan)
+    out = tmp_path / "run"
+    code, _, err = run(train, "--data", folder, "--cache", tmp_path, "--out", out, "--device", "cpu", *flags_of(**flags))
+    assert code == 1 and "ten steps in a row" in err and "Traceback" not in err
+    steps = json.loads((out / "diagnosis.json").read_text())
+    assert [s["step"] for s in steps] == list(range(12, 22)) and len(steps[0]["logsnr"]) == 8
+    assert {str(p.relative_to(folder)) for p in train.find_images(folder)} == {name for s in steps for name in s["images"]}
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 20 and state["window"]["skipped"] == 18
+    assert all(w.isfinite().all() for w in [*state["net"].values(), *state["ema"].values()])
+
+
+def test_one_process_without_finite_gradients_makes_all_skip(tmp_path):
+    """The second of two processes has an infinite loss at step 2."""
+    (tmp_path / "script.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import sid2, train
+calls, real = [], sid2.sigmoid_loss
+def patched(*args):
+    calls.append(1)
+    return real(*args) + (float("inf") if os.environ["RANK"] == "1" and len(calls) == 2 else 0)
+sid2.sigmoid_loss = patched
+train.main()
+""")
+    torchrun(tmp_path / "script.py", "--data", "shapes", "--out", tmp_path / "run", "--device", "cpu", *flags_of(log_every=1))
+    rows = log_of(tmp_path / "run")
+    assert [row[5] for row in rows[1:]] == ["0", "1", "1", "1"] and rows[2][2] == "nan" and float(rows[4][3]) > 0
+
+
+def script(name, *flags, **kwargs):
+    """A real process in a group of its own."""
+    command = [sys.executable, str(ROOT / name), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+@pytest.mark.parametrize("number, kind", [(signal.SIGKILL, "shapes"), (signal.SIGTERM, "shapes")]
+                         + LONG * [(signal.SIGKILL, "folder"), (signal.SIGTERM, "folder")])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path, folder, number, kind):
+    """At random moments, also amid saving and drawing: each step writes a checkpoint, every fifth a picture."""
+    steps = 150 if LONG else 60
+    data = folder if kind == "folder" else "shapes"
+    config = replace(TINY, dropout=0.2, steps=steps, log_every=3, sample_every=5, save_every=1, micro_batch=4)
+    flags = ["--data", data, "--cache", tmp_path / "cache", "--device", "cpu", "--precision", "fp32", *flags_of(config)]
+    whole, killed, rng, times, codes = tmp_path / "whole", tmp_path / "killed", random.Random(0), 0, []
+    assert script("train.py", "--out", whole, *flags).wait() == 0
+    while times < (15 if LONG else 2):
+        process, begun = script("train.py", "--out", killed, *flags), time.time()
+        log = killed / "log.csv"
+        while process.poll() is None and not (log.exists() and log.stat().st_mtime > begun):
+            time.sleep(0.01)  # it trains from here on
+        time.sleep(rng.uniform(0, 0.8))
+        os.killpg(process.pid, number)
+        err = process.communicate()[1]
+        codes.append(process.returncode)
+        times += 1
+        assert "Traceback" not in err, err
+        if (killed / "checkpoint.pt").exists() and sample.load_checkpoint(killed)["step"] == steps:
+            shutil.move(killed, tmp_path / f"finished{times}")  # too late: once more
+    assert script("train.py", "--out", killed, *flags).wait() == 0
+    assert codes.count(-9 if number == signal.SIGKILL else 0) >= times - 1
+    assert equal_runs(whole, killed) and not list(killed.rglob(".*"))
+    rows = [row[0] for row in log_of(killed)[1:]]
+    assert rows == [str(n) for n in range(3, steps + 1, 3)]
+
+
+def test_a_process_that_dies_takes_the_others_with_it_and_one_goes_on_alone(tmp_path):
+    """Within seconds, with a message; two processes began, one ends the run, on the same global batch."""
+    flags = ["--data", "shapes", "--out", tmp_path / "run", "--device", "cpu", "--precision", "fp32"]
+    config = replace(TINY, steps=100_000, save_every=20, log_every=20)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(ROOT / "train.py"), *map(str, flags)]
+    process = subprocess.Popen([*launch, *flags_of(config)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    victims = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+               if f"\0{tmp_path}" in (text := Path(f"/proc/{pid}/cmdline").read_text()) and "distributed" not in text]
+    os.kill(max(victims), signal.SIGKILL)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and "another process of this run has ended" in err
+    step = sample.load_checkpoint(tmp_path / "run")["step"]
+    state, printed = fit(tmp_path / "run", "--data", "shapes", config=replace(config, steps=step + 5))
+    assert f"resumed at step {step}" in printed and state["step"] == step + 5
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    """The run goes on from there, ends the same, and the damaged file is kept; with both gone it says so."""
+    config = replace(TINY, steps=6, save_every=2, sample_every=2)
+    fit(tmp_path / "whole", "--data", "shapes", config=config)
+    fit(tmp_path / "run", "--data", "shapes", config=replace(config, steps=4))
+    last = tmp_path / "run" / "checkpoint.pt"
+    (data := bytearray(last.read_bytes()))[len(data) // 2] ^= 16
+    last.write_bytes(data)
+    code, printed, err = run(sample, tmp_path / "run", "--device", "cpu")
+    assert code == 0 and "previous.pt, step 2" in printed and "checkpoint.pt is truncated or no checkpoint" in err
+    _, printed = fit(tmp_path / "run", "--data", "shapes", config=config)
+    assert "resumed at step 2" in printed and (tmp_path / "run" / "damaged.pt").read_bytes() == data
+    assert equal_runs(tmp_path / "whole", tmp_path / "run")
+    for name in ("checkpoint.pt", "previous.pt"):
+        (tmp_path / "run" / name).write_bytes(data)
+    code, _, err = run(train, "--data", "shapes", "--out", tmp_path / "run", "--device", "cpu", "--precision", "fp32", *flags_of(config))
+    assert code == 2 and "previous.pt is truncated" in err and last.read_bytes() == data
+
+
+def fuzzed(data, rng):
+    """A file cut somewhere, with some bytes changed, or with a part repeated or left out."""
+    data, kind = bytearray(data), rng.randrange(4)
+    if kind == 0:
+        return bytes(data[: rng.randrange(len(data))])
+    for _ in range(rng.randrange(1, 9) if kind == 1 else 0):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    a, b = sorted(rng.randrange(len(data)) for _ in range(2))
+    return bytes(data[:a] + data[b:] if kind == 2 else data[:b] + data[a:] if kind == 3 else data)
+
+
+def ends_well(call):
+    """The result, or None after one line of error: nothing else may come out of it."""
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call()
+    except SystemExit as exit:
+        lines = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
+        assert exit.code == 2 and len(lines) == 1, err.getvalue()
+
+
+@pytest.mark.parametrize("reader", ["checkpoint", "npz", "statistics", "folder"])
+def test_damaged_files_never_crash_a_reader(tmp_path, finished, folder, reader):
+    """Checkpoints, npz of images and statistics, image folders: one clear line, or what is whole is right."""
+    rng, cases = random.Random(1), 3000 if LONG else 60
+    path, cache = tmp_path / "file.npz", tmp_path / "cache"
+    images, labels = np.arange(3 * 192, dtype=np.uint8).reshape(3, 8, 8, 3), np.array([0, 1, 0])
+    if reader == "checkpoint":
+        original = (finished[0] / "checkpoint.pt").read_bytes()
+        expected = sample.load_checkpoint(finished[0])
+    elif reader == "folder":
+        originals = {p: p.read_bytes() for p in folder.rglob("*.*") if p.suffix != ".txt"}
+    else:
+        (np.savez_compressed if rng.random() < 0.5 else np.savez)(path, arr_0=images, arr_1=labels)
+        original = path.read_bytes()
+    accepted = 0
+    for case in range(cases):
+        if reader == "folder":
+            source = rng.choice(list(originals))
+            path = tmp_path / f"image{case}{source.suffix}"
+            path.write_bytes(fuzzed(originals[source], rng))
+            image, error = train.Files([path], 8)[0]
+            assert image.shape == (8, 8, 3) and image.dtype == np.uint8
+            assert not error or error.startswith(str(path))
+            accepted += not error
+            path.unlink()
+            continue
+        path.write_bytes(fuzzed(original, rng))
+        if reader == "checkpoint":
+            if state := ends_well(lambda: sample.load_checkpoint(path)):
+                assert same({k: expected[k] for k in SAVED}, {k: state[k] for k in SAVED})
+        elif reader == "npz":
+            if state := ends_well(lambda: train.open_data(str(path), 8, 0, cache)):
+                assert np.array_equal(state.read(np.arange(3)), images) and np.array_equal(state.labels, labels)
+        else:
+            if state := ends_well(lambda: fid.open_npz(path)):
+                ends_well(lambda: state.read(np.arange(state.count)))
+        accepted += state is not None
+    print(f"{reader}: {accepted} of {cases} damaged files were read")
+    assert accepted < cases
+
+
+def test_a_file_from_elsewhere_cannot_run_code(tmp_path, finished):
+    """Pickles that would write a file when loaded: as checkpoint, old and new format, and inside an npz."""
+    marker = tmp_path / "written"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    torch.save(dict(config=Evil()), tmp_path / "new.pt")
+    torch.save(dict(config=Evil()), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil()))
+    np.savez(tmp_path / "evil.npz", arr_0=np.array([Evil()], object), arr_1=np.array([Evil()], object), mu=np.array([Evil()], object))
+    for name in ("new.pt", "old.pt", "bare.pt"):
+        code, _, err = run(sample, tmp_path / name)
+        assert code == 2 and "no checkpoint of train.py" in err
+    code, _, err = run(train, "--data", tmp_path / "evil.npz", "--cache", tmp_path, "--out", tmp_path / "run", *flags_of())
+    assert code == 2 and "evil.npz" in err
+    assert ends_well(lambda: fid.open_npz(tmp_path / "evil.npz")) is None
+    assert not marker.exists()
+    pickle.loads((tmp_path / "bare.pt").read_bytes())
+    assert marker.exists()  # the weapon was loaded
+
+
+def rubbish(root):
+    """A folder with every kind of file that has stopped somebody's run; two images in it are good."""
+    (root / "a" / "looks.png").mkdir(parents=True), (root / "b").mkdir()
+    Image.new("RGB", (9, 9), "red").save(root / "a" / "good.png")
+    Image.new("RGB", (1, 1), "red").save(root / "a" / "pixel.png")
+    frames = [Image.new("RGB", (9, 9), c) for c in ("red", "blue")]
+    frames[0].save(root / "b" / "animated.gif", save_all=True, append_images=frames[1:])
+    (root / "a" / "zero.png").write_bytes(b"")
+    (root / "a" / "text.jpg").write_text("<html>404</html>")
+    (root / "b" / "nowhere.png").symlink_to(root / "gone.png")
+    (root / "b" / "loop.png").symlink_to(root / "b" / "loop.png")
+    (root / "b" / "up").symlink_to(root)
+    Image.new("1", (40_000, 20_000)).save(root / "b" / "bomb.png")
+    Image.new("1", (20_000, 1)).save(root / "b" / "wire.png")
+    return {"a/zero.png", "a/text.jpg", "b/nowhere.png", "b/loop.png", "b/bomb.png"}
+
+
+@pytest.mark.parametrize("space", ["cached", "no room for a cache"])
+def test_unreadable_images_are_all_named_or_left_out(tmp_path, monkeypatch, space):
+    """Zero bytes, no image, links to nowhere or in a loop, a decompression bomb; at the start, not after hours."""
+    bad = rubbish(tmp_path / "data")
+    if space != "cached":
+        monkeypatch.setattr(train.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    flags = ["--data", tmp_path / "data", "--cache", tmp_path / "cache", "--out", tmp_path / "run", "--device", "cpu", *flags_of()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        code, _, err = run(train, *flags)
+        assert code == 2 and "5 of 9 images" in err and all(name in err for name in bad) and "--skip-bad" in err
+        code, printed, err = run(train, *flags, "--skip-bad")
+        assert code == 0 and "5 of 9 images left out" in printed and "a 2, b 2" in printed, err
+        code, printed, err = run(train, *flags, "--skip-bad", "--steps", 5)
+        assert code == 0 and "resumed at step 4" in printed
+    data = train.open_data(str(tmp_path / "data"), 8, 0, tmp_path / "cache", skip_bad=True)
+    seen = np.concatenate([data.index(np.arange(4 * n, 4 * n + 4)) for n in range(3)])
+    assert len(set(seen)) == 4 and data.labels[seen[:4]].sum() == 2
+    assert {os.path.relpath(m.split(" (")[0], tmp_path / "data") for m in
+            json.loads(next((tmp_path / "cache").glob("*.json")).read_text()).values()} == bad
+
+
+def test_an_image_of_one_row_does_not_fill_the_memory():
+    with pytest.raises(ValueError, match="elongated"):
+        train.centre_crop(Image.new("1", (2_000_000, 1)), 64)
+
+
+def test_a_data_set_that_changed_under_a_run_is_noticed_and_one_that_moved_is_not(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "data")
+    flags = ["--cache", tmp_path / "cache"]
+    fit(tmp_path / "run", "--data", tmp_path / "data", *flags)
+    os.rename(tmp_path / "data", tmp_path / "moved")
+    fit(tmp_path / "run", "--data", tmp_path / "moved", *flags, steps=5)
+    Image.new("RGB", (7, 7)).save(tmp_path / "moved" / "a" / "one.png")
+    code, _, err = run(train, "--data", tmp_path / "moved", *flags, "--out", tmp_path / "run", "--device", "cpu",
+                       "--precision", "fp32", *flags_of(steps=6))
+    assert code == 2 and "other settings (content" in err
+
+
+def test_a_cache_that_was_cut_off_is_built_again(tmp_path, folder):
+    """Cut while being written it has no name; cut later it is too short; without its report it is not trusted."""
+    images = train.open_data(str(folder), 8, 0, tmp_path).read(np.arange(9))
+    cached, report = next(tmp_path.glob("*.npy")), next(tmp_path.glob("*.json"))
+    whole = cached.read_bytes()
+    for length in (0, 20, 130, len(whole) - 1):
+        cached.write_bytes(whole[:length])
+        assert np.array_equal(train.open_data(str(folder), 8, 0, tmp_path).read(np.arange(9)), images)
+        assert cached.read_bytes() == whole
+    report.unlink(), cached.write_bytes(bytes(len(whole)))
+    assert np.array_equal(train.open_data(str(folder), 8, 0, tmp_path).read(np.arange(9)), images)
+    stale = tmp_path / ".x.npy.12345678.part"
+    stale.write_bytes(b"")
+    train.open_data(str(folder), 8, 0, tmp_path)
+    assert stale.exists()  # its writer may be alive
+    os.utime(stale, (0, 0))
+    train.open_data(str(folder), 8, 0, tmp_path)
+    assert not stale.exists()
+
+
+def test_two_runs_may_build_the_same_cache_at_once(tmp_path, folder):
+    flags = ["--data", folder, "--cache", tmp_path / "cache", "--device", "cpu", *flags_of(steps=1)]
+    both = [script("train.py", "--out", tmp_path / name, *flags) for name in ("one", "two")]
+    for process in both:
+        assert process.communicate() and process.returncode == 0
+    direct = train.Files(train.find_images(folder), 8)(range(9))
+    assert np.array_equal(train.open_data(str(folder), 8, 0, tmp_path / "cache").read(np.arange(9)), direct)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 # --------------------------------------------------------------------------------------------------
-# 9. fid.py
+# 10. fid.py
 
 CPU = torch.device("cpu")
 CHECKED = [0.5599197, 0.2772512, 0.1640582, 0.07772964, -3.909923]  # as torchvision's
@@ -1547,7 +1908,7 @@ def halve(name):
     ("stats.npz --save-stats a.npz", "stats.npz is a file of statistics"),
     ("good good --out nowhere/a.json", "cannot write nowhere/a.json"),
     ("run good", "run is a run of train.py: --data DATA"),
-    ("good --data shapes", "no checkpoint at good/checkpoint.pt"),
+    ("good --data shapes", "no checkpoint at good"),
 ])
 def test_bad_input_ends_with_one_line_and_changes_nothing(score, tmp_path, args, message):
     """Exit code 2; the line names what came and what is wanted."""

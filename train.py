@@ -4,10 +4,11 @@
     python train.py --preset cifar10                       one GPU
     torchrun --nproc_per_node=8 train.py --preset imagenet256_p2 --data FOLDER
 
-The same command again goes on exactly, from the last checkpoint. Whatever is random at step n is a
-function of the seed and n, or of the seed and the number of an image, counted over the run: nothing
-else needs to be remembered, and neither the number of processes nor the micro-batch changes what
-the network sees (dropout draws anew for each).
+The same command again goes on exactly, from the last checkpoint; SIGTERM or Ctrl-C writes one after
+the step, a second Ctrl-C does not wait. Whatever is random at step n is a function of the seed and
+n, or of the seed and the number of an image, counted over the run: nothing else needs to be
+remembered, and neither the number of processes nor the micro-batch changes what the network sees
+(dropout draws anew for each).
 """
 
 import argparse
@@ -18,7 +19,7 @@ import json
 import math
 import os
 import shutil
-import sys
+import signal
 import tarfile
 import time
 import zipfile
@@ -34,8 +35,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sid2
-from sample import (Parser, autocast, choose_labels, choose_precision, fail, grid, load_checkpoint,
-                    make_config, replacing, sample_images, setup, shown_classes)
+from sample import (Parser, agree, autocast, choose_labels, choose_precision, fail, grid, guarded,
+                    leave, load_checkpoint, make_config, replacing, sample_images, setup,
+                    shown_classes, sweep)
 
 # --------------------------------------------------------------------------------------------------
 # 1. Data. `batch(numbers)` gives uint8 images (B, H, W, 3) and int64 labels (B,) for the numbers of
@@ -45,7 +47,7 @@ from sample import (Parser, autocast, choose_labels, choose_precision, fail, gri
 class Shapes:
     """Six shapes in any place, size and colour, drawn on the fly from the seed and the number."""
 
-    name, counts = "shapes, drawn on the fly", None
+    name, counts, content = "shapes, drawn on the fly", None, "shapes"
     shapes = {  # inside or not, at a to the right and b down from the centre, in radii
         "disc": lambda a, b: a**2 + b**2 < 1,
         "ring": lambda a, b: abs(a**2 + b**2 - 0.65) < 0.35,
@@ -82,22 +84,31 @@ class Shapes:
 class Images:
     """Stored images, each once per epoch, in a new order every epoch.
 
-    `read(index)` gives those at places `index` of the set, from the cache or decoded from files.
+    `read(index)` gives those at places `index` of the set, from the cache or decoded from files;
+    `content` tells one set from another, `skip` are the places of images that are left out,
+    `files` the names of all.
     """
 
-    def __init__(self, name: str, read, labels: np.ndarray, classes: list[str], seed: int):
+    def __init__(self, name: str, read, labels: np.ndarray, classes: list[str], seed: int,
+                 content: str, skip: tuple = (), files: tuple = ()):
         self.name, self.read, self.classes, self.seed = name, read, classes, seed
-        self.labels = labels.astype(np.int64)
-        self.counts = np.bincount(self.labels).tolist()
+        self.places = np.setdiff1d(np.arange(len(labels)), skip)
+        self.labels, self.content, self.files = labels.astype(np.int64), content, files
+        self.counts = np.bincount(self.labels[self.places], minlength=len(classes)).tolist()
         self.epoch, self.order = None, None
 
-    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        index, epochs = np.empty(len(numbers), np.int64), numbers // len(self.labels)
+    def index(self, numbers: np.ndarray) -> np.ndarray:
+        """Their places in the set."""
+        index, epochs = np.empty(len(numbers), np.int64), numbers // len(self.places)
         for epoch in np.unique(epochs):
             if epoch != self.epoch:
                 rng = np.random.default_rng([self.seed, epoch])
-                self.epoch, self.order = epoch, rng.permutation(len(self.labels))
-            index[epochs == epoch] = self.order[numbers[epochs == epoch] % len(self.labels)]
+                self.epoch, self.order = epoch, rng.permutation(self.places)
+            index[epochs == epoch] = self.order[numbers[epochs == epoch] % len(self.places)]
+        return index
+
+    def batch(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        index = self.index(numbers)
         return self.read(index), self.labels[index]
 
 
@@ -109,7 +120,7 @@ class ImageError(ValueError):
 
 
 class Files:
-    """Decodes image files to image_size, RGB."""
+    """Decodes image files to image_size, RGB. Item i is an image, or black, and what is wrong."""
 
     def __init__(self, files: list[Path], image_size: int):
         self.files, self.size = files, image_size
@@ -117,16 +128,18 @@ class Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> np.ndarray:
+    def __getitem__(self, i: int) -> tuple[np.ndarray, str]:
         try:
             with Image.open(self.files[i]) as image:
-                return np.asarray(centre_crop(to_rgb(image), self.size))
+                return np.asarray(centre_crop(to_rgb(image), self.size)), ""
         except Exception as error:  # Pillow's decoders raise many kinds
-            message = f"{self.files[i]} is no readable image ({error}): repair or remove it"
-            raise ImageError(message) from None
+            return np.zeros((self.size, self.size, 3), np.uint8), f"{self.files[i]} ({error})"
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
-        return np.stack([self[i] for i in index])
+        images, errors = zip(*(self[i] for i in index))
+        if any(errors):
+            raise ImageError(f"{max(errors)} can no longer be read: repair or remove it")
+        return np.stack(images)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -148,6 +161,8 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too elongated")
     image = image.resize((width, height), Image.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -161,12 +176,20 @@ class Cache:
 
     def __init__(self, path: Path, shape: tuple[int, ...], chunks, main: bool):
         self.path = path
-        if main and not path.is_file():
+        if main and not self.holds(path, shape):
             header = dict(descr="|u1", fortran_order=False, shape=shape)
             with replacing(path) as temporary, open(temporary, "wb") as out:
                 np.lib.format.write_array_header_1_0(out, header)
                 for chunk in chunks:
                     out.write(chunk)
+
+    @staticmethod
+    def holds(path: Path, shape: tuple[int, ...]) -> bool:
+        """Whether it is there, and whole."""
+        try:
+            return np.load(path, mmap_mode="r").shape == shape
+        except (OSError, ValueError, EOFError):
+            return False
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         return np.load(self.path, mmap_mode="r")[index]
@@ -193,8 +216,7 @@ def open_cifar10(size: int, seed: int, cache: Path, main: bool) -> Images:
         except (OSError, RuntimeError) as error:
             fail(f"could not download CIFAR-10 ({error}): fetch {CIFAR10} elsewhere and put it "
                  f"at {archive}")
-    if dist.is_initialized():
-        dist.barrier()
+    agree()  # it is there
     with open(archive, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != CIFAR10_SHA256:
             fail(f"{archive} is not the official archive, its sha256 differs: remove it, the next "
@@ -205,7 +227,7 @@ def open_cifar10(size: int, seed: int, cache: Path, main: bool) -> Images:
     records = np.frombuffer(raw, np.uint8).reshape(50_000, 1 + 3 * 32 * 32)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     read = Cache(cache / "cifar10.npy", images.shape, [images.tobytes()], main)
-    return Images("CIFAR-10, training set", read, records[:, 0], CIFAR10_CLASSES, seed)
+    return Images("CIFAR-10, training set", read, records[:, 0], CIFAR10_CLASSES, seed, "cifar10")
 
 
 def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Images:
@@ -213,7 +235,9 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
     try:
         with np.load(path, allow_pickle=False) as arrays:
             labels = arrays["arr_1"] if "arr_1" in arrays else None
-        member = zipfile.ZipFile(path).open("arr_0.npy")
+        archive = zipfile.ZipFile(path)
+        members = {name: archive.getinfo(f"{name}.npy") for name in arrays.files}
+        member = archive.open(members["arr_0"])
         np.lib.format.read_magic(member)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
     except Exception as error:  # errors of zip, header and type share no base
@@ -221,6 +245,8 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
     if dtype != np.uint8 or shape[1:] != (size, size, 3) or shape[0] == 0 or fortran:
         fail(f"{path}: arr_0 is {dtype} {shape}, it must be uint8 (N, {size}, {size}, 3), "
              "N at least 1, in C order")
+    if members["arr_0"].file_size - member.tell() != math.prod(shape):
+        fail(f"{path} is damaged (arr_0 is not as long as it says): fetch or write it again")
     n, classes = shape[0], []
     if labels is None:
         labels = np.zeros(n)
@@ -237,10 +263,9 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
         except Exception as error:  # of zip or zlib
             fail(f"{path} is damaged ({error}): fetch or write it again", everywhere=True)
 
-    stat = path.stat()
-    name = fingerprint(path.resolve(), stat.st_size, stat.st_mtime_ns)
-    read = Cache(cache / f"{name}.npy", shape, chunks(), main)
-    return Images(str(path), read, labels, classes, seed)
+    content = fingerprint(*(f"{name} {member.CRC}" for name, member in sorted(members.items())))
+    read = Cache(cache / f"{content}.npy", shape, chunks(), main)
+    return Images(str(path), read, labels, classes, seed, content)
 
 
 SUFFIXES = ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
@@ -254,17 +279,20 @@ def find_images(top: Path) -> list[Path]:
         folders[:] = [f for f in folders if not f.startswith(".") and real not in seen]
         seen.add(real)  # a link to a folder above is followed once
         files += [Path(root, n) for n in names if not n.startswith(".")]
-    return sorted(p for p in files if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(p for p in files if p.suffix.lower() in SUFFIXES
+                  and (p.is_file() or p.is_symlink() and not p.exists()))  # it leads nowhere
 
 
-def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, workers: int) -> Images:
+def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, workers: int,
+                skip_bad: bool) -> Images:
     """Images of a folder, nested. Its immediate sub-folders are the classes; without any it is
-    unlabelled."""
+    unlabelled. All are decoded once at the start, into the cache if it is large enough."""
     top = path.resolve()
     files = find_images(top)
     if not files:
         fail(f"no images in {path} and its sub-folders: looked for {' '.join(SUFFIXES)}")
-    firsts = [p.relative_to(top).parts[0] if p.parent != top else "" for p in files]
+    names = [p.relative_to(top) for p in files]
+    firsts = [name.parts[0] if len(name.parts) > 1 else "" for name in names]
     classes, loose = sorted(set(firsts) - {""}), firsts.count("")
     if classes and loose:
         fail(f"{path} has {loose} images beside its {len(classes)} class folders: put them into "
@@ -272,21 +300,56 @@ def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, worke
     numbers = {name: i for i, name in enumerate(classes or [""])}
     labels = np.array([numbers[first] for first in firsts])
 
-    shape, read, stats = (len(files), size, size, 3), Files(files, size), [p.stat() for p in files]
-    known = [(p, s.st_size, s.st_mtime_ns) for p, s in zip(files, stats)]
-    target = cache / f"{fingerprint(size, *known)}.npy"
-    fits = target.is_file() or math.prod(shape) < shutil.disk_usage(cache).free / 2
-    if dist.is_initialized():
-        dist.barrier()  # all have looked at the disk before one fills it
-    if fits:  # else the images are decoded in each epoch
-        decoded = DataLoader(read, batch_size=32, num_workers=workers, collate_fn=np.stack)
-        bar = tqdm(decoded, f"decoding {len(files)} images into {target}", unit="batch of 32",
-                   disable=not main or target.is_file())
-        read = Cache(target, shape, bar, main)
-    return Images(str(path), read, labels, classes, seed)
+    stats = [p.stat() if p.exists() else p.lstat() for p in files]  # a link may lead nowhere
+    content = fingerprint(*(f"{name} {s.st_size}" for name, s in zip(names, stats)))
+    known = fingerprint(size, top, content, *(s.st_mtime_ns for s in stats))
+    target, report = cache / f"{known}.npy", cache / f"{known}.json"  # images; who is unreadable
+    shape, read = (len(files), size, size, 3), Files(files, size)
+    there = Cache.holds(target, shape)
+    fits = there or math.prod(shape) < shutil.disk_usage(cache).free / 2
+    agree()  # all have looked at the disk before one fills it
+    if main and not (report.is_file() and (there or not fits)):
+        bad = {}
+
+        def decoded():
+            loader = DataLoader(read, batch_size=32, num_workers=workers, collate_fn=list,
+                                worker_init_fn=deaf)
+            with tqdm(total=len(files), unit="image", desc=f"decoding {path}") as bar:
+                for chunk in loader:
+                    for image, error in chunk:
+                        if error:
+                            bad[bar.n] = error
+                        bar.update()
+                        yield image
+
+        if fits:
+            target.unlink(missing_ok=True)
+            Cache(target, shape, decoded(), main)
+        else:  # they are decoded anew in each epoch
+            for _ in decoded():
+                pass
+        with replacing(report) as temporary:
+            temporary.write_text(json.dumps(bad))
+    agree()
+    bad = json.loads(report.read_text())
+    listed = "; ".join([*bad.values()][:20]) + ("; ..." if len(bad) > 20 else "")
+    if bad and (not skip_bad or len(bad) == len(files)):
+        fail(f"{len(bad)} of {len(files)} images in {path} cannot be read: repair or remove them, "
+             f"or --skip-bad leaves them out: {listed}")
+    if bad and main:
+        print(f"{len(bad)} of {len(files)} images left out, all named in {report}: {listed}")
+    read = Cache(target, shape, (), main) if fits else read
+    return Images(str(path), read, labels, classes, seed, content, [int(i) for i in bad], names)
 
 
-def open_data(name: str, image_size: int, seed: int, cache: str | Path, workers: int = 0):
+def deaf(_):
+    """A loader process leaves signals to the process that asks it for images."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def open_data(name: str, image_size: int, seed: int, cache: str | Path, workers: int = 0,
+              skip_bad: bool = False):
     """shapes, cifar10, FOLDER or FILE.npz; one process of a machine writes the cache."""
     if name == "shapes":
         return Shapes(image_size, seed)
@@ -294,20 +357,18 @@ def open_data(name: str, image_size: int, seed: int, cache: str | Path, workers:
     main = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        sweep(cache, hours=24)  # of a younger one its process may be alive
         if name == "cifar10":
             data = open_cifar10(image_size, seed, cache, main)
         elif path.is_dir():
-            data = open_folder(path, image_size, seed, cache, main, workers)
+            data = open_folder(path, image_size, seed, cache, main, workers, skip_bad)
         elif path.is_file() and path.suffix == ".npz":
             data = open_npz(path, image_size, seed, cache, main)
         else:
             fail(f"--data {name}: neither shapes, cifar10, a folder nor an .npz file")
-    except ImageError as error:
-        error.end()
     except OSError as error:
         fail(f"cannot use the cache {cache} or read {name}: {error}")
-    if dist.is_initialized():
-        dist.barrier()
+    agree()
     return data
 
 
@@ -335,6 +396,7 @@ def parse() -> argparse.Namespace:
     add("--data", help="shapes, cifar10, a folder of images or an npz; default: the preset's own")
     add("--out", help="folder of the run; default: runs/PRESET")
     add("--cache", default="~/.cache/sid2", help="folder for decoded data; default: %(default)s")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
     add("--init-from", help="start from the EMA weights of this run, whose trunk must fit")
     add("--seed", type=int, default=0)
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
@@ -363,14 +425,14 @@ def parse() -> argparse.Namespace:
 def check_folder(out: Path, settings: dict):
     """A new or empty folder, or one that holds a run with the same settings."""
     if not (out / "config.json").is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(p.suffix != ".part" for p in out.iterdir())):
             fail(f"{out} exists and is no run folder: give another --out")
         return
     try:
         before = json.loads((out / "config.json").read_text())
     except ValueError:
         fail(f"{out / 'config.json'} is damaged: restore it, or give another --out")
-    free = {"steps", "micro_batch", "log_every", "sample_every", "save_every"}  # may change later
+    free = "steps micro_batch log_every sample_every save_every data".split()  # may change later
     differ = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items()
               if key not in free and before.get(key) != value]
     if differ:
@@ -394,7 +456,7 @@ def init_from(path: str, net: sid2.UViT) -> str:
 
 def open_log(path: Path, step: int):
     """log.csv with the rows up to `step`, open for more."""
-    header = "step,images,loss,grad_norm,lr,images_per_second,data_wait,seconds"
+    header = "step,images,loss,grad_norm,lr,skipped,images_per_second,data_wait,seconds"
     lines = path.read_text().splitlines()[1:] if path.is_file() else []
     kept = [line for line in lines if line.count(",") == header.count(",")
             and int(line.split(",")[0]) <= step]
@@ -403,6 +465,23 @@ def open_log(path: Path, step: int):
     return open(path, "a", buffering=1)
 
 
+class Stop:
+    """SIGTERM and Ctrl-C: `asked` becomes true. A second Ctrl-C ends the program at once, and
+    whatever comes while a picture is drawn ends the picture."""
+
+    def __init__(self):
+        self.asked = self.drawing = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number: int, _):
+        alone = "RANK" not in os.environ  # torchrun passes on a Ctrl-C that we have had already
+        again, self.asked = self.asked and number == signal.SIGINT and alone, True
+        if again or self.drawing:
+            raise KeyboardInterrupt
+
+
+@guarded
 def main():
     args = parse()
     rank, world, device = setup(args.device)
@@ -419,7 +498,7 @@ def main():
     if not (name := args.data or own):
         fail(f"--preset {args.preset} needs --data: a folder of images or an npz")
     workers = min(8, os.cpu_count() // world) if args.workers is None else args.workers
-    data = open_data(name, config.image_size, args.seed, args.cache, workers)
+    data = open_data(name, config.image_size, args.seed, args.cache, workers, args.skip_bad)
     config = make_config(**preset | {"num_classes": len(data.classes)} | given)
     if config.num_classes not in (0, len(data.classes)):
         fail(f"--num-classes {config.num_classes}: {data.name} has {len(data.classes)} classes")
@@ -432,7 +511,8 @@ def main():
     out = Path(args.out or f"runs/{args.preset}")
     where = name if name in ("shapes", "cifar10") else str(Path(name).resolve())
     settings = asdict(config) | dict(data=where, images=data.counts and sum(data.counts),
-                                     seed=args.seed, precision=precision, init_from=args.init_from)
+                                     content=data.content, seed=args.seed, precision=precision,
+                                     init_from=args.init_from)
     settings = json.loads(json.dumps(settings))  # as they will be read back
     check_folder(out, settings)
 
@@ -441,8 +521,9 @@ def main():
     net, taken = sid2.UViT(config).to(device), None
     optimizer = torch.optim.Adam(net.parameters(), config.lr, betas=(0.9, 0.99), eps=1e-12,
                                  fused=True)  # [SD]
-    state = dict(step=0, seconds=0.0, loss_sum=0.0)
-    if (out / "checkpoint.pt").exists():
+    window = dict(loss=0.0, steps=0, bad=0, skipped=0)  # what the next row of the log says
+    state = dict(step=0, seconds=0.0, window=window)
+    if (out / "checkpoint.pt").exists() or (out / "previous.pt").exists():
         state = load_checkpoint(out)
     elif args.init_from:
         taken = init_from(args.init_from, net)
@@ -453,8 +534,7 @@ def main():
             ema.load_state_dict(state.pop("ema"))
             optimizer.load_state_dict(state.pop("optimizer"))
         except (KeyError, RuntimeError, ValueError):
-            fail(f"the weights in {out / 'checkpoint.pt'} do not fit its configuration: "
-                 "the file is damaged")
+            fail(f"the weights in {state['file']} do not fit its configuration: it is damaged")
     if world > 1:  # a machine that does not see the run's folder would start anew
         ends = torch.tensor([state["step"], -state["step"]], device=device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
@@ -468,6 +548,9 @@ def main():
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
+            sweep(out)
+            if state.get("file") == out / "previous.pt" and (out / "checkpoint.pt").exists():
+                os.replace(out / "checkpoint.pt", out / "damaged.pt")
             with replacing(out / "config.json") as temporary:
                 temporary.write_text(json.dumps(settings, indent=1))
             (out / "samples").mkdir(exist_ok=True)
@@ -488,10 +571,31 @@ def main():
     cheap = device.type != "cuda" and not isinstance(getattr(data, "read", None), Files)
     batches = iter(DataLoader(Batches(data, config.batch, share), batch_size=None, sampler=steps,
                               num_workers=0 if cheap and args.workers is None else workers,
-                              pin_memory=device.type == "cuda"))
+                              pin_memory=device.type == "cuda", worker_init_fn=deaf))
     generator = torch.Generator(device)
-    loss_sum = torch.tensor(state["loss_sum"] if rank == 0 else 0.0, device=device)
-    norm_sum, waited, since_step = torch.zeros((), device=device), 0.0, steps.start
+    window, losses, norms = state["window"], [], []  # since the last row; since the host looked
+    waited, since_step, stop = 0.0, steps.start, Stop()
+
+    def due(done: int, every: int) -> bool:
+        return done % every == 0 or done == config.steps
+
+    def draw(done: int):
+        """The picture of a step. A signal ends it: then the next start draws it."""
+        path = out / f"samples/{done:07d}.png"
+        if rank > 0 or not due(done, config.sample_every) or stop.asked or path.exists():
+            return
+        shown = shown_classes(config.num_classes)
+        numbers = list(range(8 * len(shown)))
+        y = choose_labels(numbers, shown, config.num_classes)
+        stop.drawing = True
+        with contextlib.suppress(KeyboardInterrupt), autocast(device, precision):
+            pictures = sample_images(ema, config, numbers, y, device, desc="samples")
+            with replacing(path) as temporary:
+                grid(pictures, y, names).save(temporary, "PNG")
+        stop.drawing = False
+
+    if steps.start > 0:
+        draw(steps.start)
     begun = since = time.perf_counter()
     bar = tqdm(total=config.steps, initial=steps.start, unit="step", disable=rank > 0)
     model.train()
@@ -511,6 +615,7 @@ def main():
         seeds = ((args.seed + 1) * 2654435761 + step * config.batch + place) % 2**32  # of eps
         torch.manual_seed((args.seed + step * world + rank) % 2**63)  # of dropout
         optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+        losses.append(torch.zeros((), device=device))
 
         for k in range(0, local, micro):
             part = slice(k, k + micro)
@@ -529,64 +634,84 @@ def main():
                 with autocast(device, precision):
                     v_hat = model(z, logsnr, y)
                 loss = sid2.sigmoid_loss(v_hat, v, logsnr, slope, config.bias).sum() / local
-                loss.backward()
-            loss_sum += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # [SD]
-        norm_sum += grad_norm
+                loss.backward(1 + 0 * loss.detach())  # not finite: nor are the gradients
+            losses[-1] += loss.detach()
+        norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0))  # [SD]
+        optimizer.found_inf = (~norms[-1].isfinite()).float()  # torch's fused Adam skips the step
         optimizer.step()
         optimizer.zero_grad()
         sid2.ema_update(ema, net, step, config.ema)
 
         # bookkeeping: nothing above waits for the device; here, steps that log, draw or save do
         bar.update()
-        done, last = step + 1, step + 1 == config.steps
-        logs, draws, saves = (last or done % every == 0 for every in
-                              (config.log_every, config.sample_every, config.save_every))
+        done, aside = step + 1, time.perf_counter()
+        draw(done)
+        since += time.perf_counter() - aside
+        stopped = agree(stop.asked)
+        logs, saves = due(done, config.log_every), stopped or due(done, config.save_every)
         if logs or saves:
-            if not math.isfinite(norm_sum.item()):  # the same on every process
-                if rank == 0:
-                    print(f"\nerror: a gradient is not finite, step {done} or shortly before: try "
-                          f"a lower --lr or --precision fp32; {out} is as last saved",
-                          file=sys.stderr)
-                raise SystemExit(1)
-            total = loss_sum.clone()
+            values = torch.stack(losses)
             if world > 1:
-                dist.all_reduce(total)
+                dist.all_reduce(values)
+            values, norms = (values / world).tolist(), torch.stack(norms).tolist()
+            for n, (loss, norm) in enumerate(zip(values, norms), done - len(norms) + 1):
+                good = math.isfinite(norm)  # the gradient of all: the same on every process
+                window["loss"] += loss if good else 0.0
+                window["steps"] += good
+                window["skipped"] += not good
+                window["bad"] = 0 if good else window["bad"] + 1
+                if window["bad"] == 10:
+                    give_up(out, data, config, args.seed, n, rank)
+            last, norms, losses = norms[-1], [], []
         if logs:
-            now, count = time.perf_counter(), (done - 1) % config.log_every + 1
-            loss = total.item() / world / count
+            now = time.perf_counter()
+            loss = window["loss"] / window["steps"] if window["steps"] else math.nan
             rate = (done - since_step) * config.batch / (now - since)
             if rank == 0:
-                log.write(f"{done},{done * config.batch},{loss:.6g},{grad_norm.item():.6g},"
-                          f"{optimizer.param_groups[0]['lr']:.4g},{rate:.1f},"
+                log.write(f"{done},{done * config.batch},{loss:.6g},{last:.6g},"
+                          f"{optimizer.param_groups[0]['lr']:.4g},{window['skipped']},{rate:.1f},"
                           f"{waited / (now - since):.4f},{state['seconds'] + now - begun:.1f}\n")
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-            for tensor in (loss_sum, norm_sum, total):
-                tensor.zero_()
+            window |= dict(loss=0.0, steps=0)
             waited, since, since_step = 0.0, now, done
         aside = time.perf_counter()
-        if rank == 0 and draws:
-            shown = shown_classes(config.num_classes)
-            numbers = list(range(8 * len(shown)))
-            y = choose_labels(numbers, shown, config.num_classes)
-            with autocast(device, precision):
-                pictures = sample_images(ema, config, numbers, y, device, desc="samples")
-            with replacing(out / f"samples/{done:07d}.png") as temporary:
-                grid(pictures, y, names).save(temporary, "PNG")
         if rank == 0 and saves:
             kept = dict(config=asdict(config), net=net.state_dict(), ema=ema.state_dict(),
                         optimizer=optimizer.state_dict(), step=done, classes=names,
                         random=dict(seed=args.seed, images=done * config.batch),
-                        seconds=state["seconds"] + aside - begun, loss_sum=total.item())
-            with replacing(out / "checkpoint.pt") as temporary:
+                        seconds=state["seconds"] + aside - begun, window=window)
+            os.fsync(log.fileno())
+            with replacing(out / "checkpoint.pt", out / "previous.pt") as temporary:
                 torch.save(kept, temporary)
         since += time.perf_counter() - aside
+        if stopped:
+            break
     bar.close()
+    leave()
     if rank == 0 and steps:
-        print(f"{config.steps} steps done in {(time.perf_counter() - begun) / 60:.1f} minutes; "
-              f"pictures in {out / 'samples'}, more with `python sample.py {out}`")
-    if world > 1:
-        dist.destroy_process_group()
+        end = "done" if done == config.steps else "saved, then stopped by a signal: the same " \
+            "command goes on"
+        print(f"{done} of {config.steps} steps {end}; {(time.perf_counter() - begun) / 60:.1f} "
+              f"minutes; pictures in {out / 'samples'}, more with `python sample.py {out}`")
+
+
+def give_up(out: Path, data, config: sid2.Config, seed: int, step: int, rank: int):
+    """After ten steps in a row without finite gradients: what they saw, and an end."""
+    report = []
+    for n in range(step - 10, step):
+        numbers = n * config.batch + np.arange(config.batch)
+        u = np.random.default_rng([seed, n]).random()
+        t = sid2.low_discrepancy_times(torch.arange(config.batch), config.batch, u)
+        logsnr, _ = sid2.schedule(t, config.image_size, config.noise_low, config.noise_high)
+        images = (data.index(numbers) if data.counts else numbers).tolist()
+        images = [str(data.files[i]) for i in images] if getattr(data, "files", ()) else images
+        report.append(dict(step=n + 1, images=images, logsnr=logsnr.tolist()))
+    if rank == 0:
+        with replacing(out / "diagnosis.json") as temporary:
+            temporary.write_text(json.dumps(report))
+    fail(f"ten steps in a row without finite gradients, up to step {step}: {out}/diagnosis.json "
+         f"names their images and noise levels. {out} is as last saved: --init-from {out} with "
+         "another --out and a lower --lr or --precision fp32 goes on from there", code=1)
 
 
 def describe(config: sid2.Config, data, names: list[str]):
