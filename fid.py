@@ -22,7 +22,6 @@ Sources: [TTUR] FID, arXiv 1706.08500; [IS] 1606.03498; [ADM] the evaluator of 2
 import hashlib
 import json
 import sys
-import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -39,7 +38,7 @@ from tqdm import tqdm
 
 import sid2
 from sample import (Parser, autocast, choose_precision, fail, guarded, leave, load_checkpoint,
-                    replacing, sample_images, setup)
+                    open_npz_images, replacing, sample_images, setup)
 from train import ImageError, centre_crop, open_data
 
 # --------------------------------------------------------------------------------------------------
@@ -277,11 +276,7 @@ def open_npz(path: Path) -> Source:
                 raise ValueError(f"{key} is {tuple(value.shape)}; wanted: {SHAPES[key]}, finite")
             source.statistics[key] = value if value.ndim else int(value)
         if "arr_0" in arrays:
-            member = zipfile.ZipFile(path).open("arr_0.npy")
-            np.lib.format.read_magic(member)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-            if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-                raise ValueError(f"arr_0 is {dtype} {shape}; wanted: uint8 (N, H, W, 3)")
+            member, shape = open_npz_images(path)
             start, size = member.tell(), int(np.prod(shape[1:]))
             source.count, source.read = shape[0], lambda numbers: [image(int(i)) for i in numbers]
         if "arr_1" in arrays and np.ptp(arrays["arr_1"]) and (np.diff(arrays["arr_1"]) >= 0).all():

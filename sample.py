@@ -300,6 +300,19 @@ def write_npz(path: Path, files: list[Path], labels: list[int]):
             np.lib.format.write_array(out, np.asarray(labels))
 
 
+def open_npz_images(path: Path):
+    """arr_0 of an npz: a stream that stands at its first pixel, and its shape (N, H, W, 3)."""
+    archive = zipfile.ZipFile(path)
+    member = archive.open("arr_0.npy")
+    np.lib.format.read_magic(member)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise ValueError(f"arr_0 is {dtype} {shape}; wanted: uint8 (N, H, W, 3)")
+    if archive.getinfo("arr_0.npy").file_size - member.tell() != math.prod(shape):
+        raise ValueError("arr_0 is not as long as it says: the file is damaged")
+    return member, shape
+
+
 # --------------------------------------------------------------------------------------------------
 # 3. The script
 

@@ -12,9 +12,11 @@ remembered, and neither the number of processes nor the micro-batch changes what
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -36,8 +38,8 @@ from tqdm import tqdm
 
 import sid2
 from sample import (Parser, agree, autocast, choose_labels, choose_precision, fail, grid, guarded,
-                    leave, load_checkpoint, make_config, replacing, sample_images, setup,
-                    shown_classes, sweep)
+                    leave, load_checkpoint, make_config, open_npz_images, replacing, sample_images,
+                    setup, shown_classes, sweep)
 
 # --------------------------------------------------------------------------------------------------
 # 1. Data. `batch(numbers)` gives uint8 images (B, H, W, 3) and int64 labels (B,) for the numbers of
@@ -80,13 +82,15 @@ class Shapes:
         cover, dark, light = cover[..., None], dark[:, None, None], light[:, None, None]
         return (255 * (dark * (1 - cover) + light * cover) + 0.5).astype(np.uint8), labels
 
+    def names(self, numbers: np.ndarray) -> list:
+        return numbers.tolist()
+
 
 class Images:
     """Stored images, each once per epoch, in a new order every epoch.
 
     `read(index)` gives those at places `index` of the set, from the cache or decoded from files;
-    `content` tells one set from another, `skip` are the places of images that are left out,
-    `files` the names of all.
+    `content` tells one set from another, `skip` are places of images to leave out.
     """
 
     def __init__(self, name: str, read, labels: np.ndarray, classes: list[str], seed: int,
@@ -111,12 +115,12 @@ class Images:
         index = self.index(numbers)
         return self.read(index), self.labels[index]
 
+    def names(self, numbers: np.ndarray) -> list:
+        return [str(self.files[i]) if self.files else int(i) for i in self.index(numbers)]
+
 
 class ImageError(ValueError):
-    """An unreadable image, named in the message: from a loader process, in its last line."""
-
-    def end(self):
-        fail(str(self).strip().splitlines()[-1].split("ImageError: ")[-1], everywhere=True)
+    """An unreadable image, named in the message."""
 
 
 class Files:
@@ -235,18 +239,12 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
     try:
         with np.load(path, allow_pickle=False) as arrays:
             labels = arrays["arr_1"] if "arr_1" in arrays else None
-        archive = zipfile.ZipFile(path)
-        members = {name: archive.getinfo(f"{name}.npy") for name in arrays.files}
-        member = archive.open(members["arr_0"])
-        np.lib.format.read_magic(member)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        member, shape = open_npz_images(path)
+        checksums = [(entry.filename, entry.CRC) for entry in zipfile.ZipFile(path).infolist()]
     except Exception as error:  # errors of zip, header and type share no base
-        fail(f"{path} is no npz with an array arr_0 ({error})")
-    if dtype != np.uint8 or shape[1:] != (size, size, 3) or shape[0] == 0 or fortran:
-        fail(f"{path}: arr_0 is {dtype} {shape}, it must be uint8 (N, {size}, {size}, 3), "
-             "N at least 1, in C order")
-    if members["arr_0"].file_size - member.tell() != math.prod(shape):
-        fail(f"{path} is damaged (arr_0 is not as long as it says): fetch or write it again")
+        fail(f"{path} is no npz of images to train with ({error})")
+    if shape[1:3] != (size, size):
+        fail(f"{path}: arr_0 is {shape}, the configuration asks for (N, {size}, {size}, 3)")
     n, classes = shape[0], []
     if labels is None:
         labels = np.zeros(n)
@@ -263,7 +261,7 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
         except Exception as error:  # of zip or zlib
             fail(f"{path} is damaged ({error}): fetch or write it again", everywhere=True)
 
-    content = fingerprint(*(f"{name} {member.CRC}" for name, member in sorted(members.items())))
+    content = fingerprint(*sorted(checksums))
     read = Cache(cache / f"{content}.npy", shape, chunks(), main)
     return Images(str(path), read, labels, classes, seed, content)
 
@@ -312,22 +310,18 @@ def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, worke
         bad = {}
 
         def decoded():
-            loader = DataLoader(read, batch_size=32, num_workers=workers, collate_fn=list,
-                                worker_init_fn=deaf)
-            with tqdm(total=len(files), unit="image", desc=f"decoding {path}") as bar:
-                for chunk in loader:
-                    for image, error in chunk:
-                        if error:
-                            bad[bar.n] = error
-                        bar.update()
-                        yield image
+            loader = DataLoader(read, 32, num_workers=workers, collate_fn=list, worker_init_fn=deaf)
+            bar = tqdm(loader, f"decoding {len(files)} images", unit="batch of 32")
+            for i, (image, error) in enumerate(itertools.chain.from_iterable(bar)):
+                if error:
+                    bad[i] = error
+                yield image
 
+        target.unlink(missing_ok=True)
         if fits:
-            target.unlink(missing_ok=True)
             Cache(target, shape, decoded(), main)
         else:  # they are decoded anew in each epoch
-            for _ in decoded():
-                pass
+            collections.deque(decoded(), maxlen=0)
         with replacing(report) as temporary:
             temporary.write_text(json.dumps(bad))
     agree()
@@ -523,7 +517,7 @@ def main():
                                  fused=True)  # [SD]
     window = dict(loss=0.0, steps=0, bad=0, skipped=0)  # what the next row of the log says
     state = dict(step=0, seconds=0.0, window=window)
-    if (out / "checkpoint.pt").exists() or (out / "previous.pt").exists():
+    if any((out / name).exists() for name in ("checkpoint.pt", "previous.pt")):
         state = load_checkpoint(out)
     elif args.init_from:
         taken = init_from(args.init_from, net)
@@ -596,6 +590,7 @@ def main():
 
     if steps.start > 0:
         draw(steps.start)
+        agree()  # the others wait for it
     begun = since = time.perf_counter()
     bar = tqdm(total=config.steps, initial=steps.start, unit="step", disable=rank > 0)
     model.train()
@@ -603,8 +598,8 @@ def main():
         waiting = time.perf_counter()
         try:
             images, labels = next(batches)
-        except ImageError as error:
-            error.end()
+        except ImageError as error:  # from a loader process, at the end of a traceback
+            fail(str(error).split("ImageError: ")[-1], everywhere=True)
         waited += time.perf_counter() - waiting
 
         # what is random, drawn for the whole batch; each process takes its share
@@ -689,26 +684,24 @@ def main():
     bar.close()
     leave()
     if rank == 0 and steps:
-        end = "done" if done == config.steps else "saved, then stopped by a signal: the same " \
-            "command goes on"
-        print(f"{done} of {config.steps} steps {end}; {(time.perf_counter() - begun) / 60:.1f} "
+        print(f"{done} of {config.steps} steps done in {(time.perf_counter() - begun) / 60:.1f} "
               f"minutes; pictures in {out / 'samples'}, more with `python sample.py {out}`")
+        if done < config.steps:
+            print("stopped by a signal and saved: the same command goes on")
 
 
 def give_up(out: Path, data, config: sid2.Config, seed: int, step: int, rank: int):
     """After ten steps in a row without finite gradients: what they saw, and an end."""
-    report = []
+    seen, place = [], torch.arange(config.batch)
     for n in range(step - 10, step):
-        numbers = n * config.batch + np.arange(config.batch)
         u = np.random.default_rng([seed, n]).random()
-        t = sid2.low_discrepancy_times(torch.arange(config.batch), config.batch, u)
+        t = sid2.low_discrepancy_times(place, config.batch, u)
         logsnr, _ = sid2.schedule(t, config.image_size, config.noise_low, config.noise_high)
-        images = (data.index(numbers) if data.counts else numbers).tolist()
-        images = [str(data.files[i]) for i in images] if getattr(data, "files", ()) else images
-        report.append(dict(step=n + 1, images=images, logsnr=logsnr.tolist()))
+        images = data.names(n * config.batch + place.numpy())
+        seen.append(dict(step=n + 1, images=images, logsnr=logsnr.tolist()))
     if rank == 0:
         with replacing(out / "diagnosis.json") as temporary:
-            temporary.write_text(json.dumps(report))
+            temporary.write_text(json.dumps(seen))
     fail(f"ten steps in a row without finite gradients, up to step {step}: {out}/diagnosis.json "
          f"names their images and noise levels. {out} is as last saved: --init-from {out} with "
          "another --out and a lower --lr or --precision fp32 goes on from there", code=1)
