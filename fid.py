@@ -298,7 +298,7 @@ def open_source(name: str, crop: int | None = None) -> Source:
     path = Path(name)
     if not path.exists():
         fail(f"{path} does not exist: give a folder or an npz of images, or an npz of statistics")
-    if (path / "checkpoint.pt").exists():  # its only images are grids
+    if (path / "checkpoint.pt").exists() or (path / "previous.pt").exists():  # it has grids only
         fail(f"{path} is a run of train.py: --data DATA says what its samples are scored against")
     return open_folder(path, crop) if path.is_dir() else open_npz(path)
 
@@ -313,7 +313,7 @@ def open_run(args, device: torch.device) -> tuple[Source, Source, dict]:
     settings = asdict(config) | dict(
         step=state["step"], checkpoint=str(state["file"]),
         precision=choose_precision(device, "auto"))
-    data = open_data(args.data, config.image_size, 0, args.cache)
+    data = open_data(args.data, config.image_size, 0, args.cache, skip_bad=True)
     if config.num_classes and state["classes"] != list(data.classes):
         fail(f"--data {args.data} has other classes than {args.samples} was trained with")
     net = sid2.UViT(config).to(device).eval()

@@ -54,17 +54,21 @@ def guarded(main):
             main()
         except KeyboardInterrupt:
             fail("interrupted: what was written before is whole", code=130)
-        except torch.OutOfMemoryError:
-            fail("out of GPU memory: --batch, or --micro-batch in train.py, takes fewer images at "
-                 "once", everywhere=True)
         except OSError as error:  # no space, no permission, a disk that went away
-            fail(error, everywhere=True)
-        except RuntimeError as error:
-            if not dist.is_initialized() or not (isinstance(error, dist.DistError)
-                                                 or "gloo" in str(error)):
+            fail(f"cannot read or write: {error}", everywhere=True)
+        except (RuntimeError, MemoryError) as error:
+            text = str(error)
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate mem" in text:
+                fail("out of memory: --batch, in train.py --micro-batch, takes fewer images at once",
+                     everywhere=True)
+            if "DataLoader worker" in text:
+                reason = "a process that loads images was killed: out of memory?"
+            elif isinstance(error, dist.DistError) or "gloo" in text:
+                reason = "another process of this run has ended."
+            else:
                 raise
-            fail("another process of this run has ended; what was written before is whole, the "
-                 "same command goes on from there", everywhere=True, code=1)
+            fail(f"{reason} What was written before is whole, the same command goes on from there",
+                 everywhere=True, code=1)
 
     return script
 
@@ -184,9 +188,13 @@ def load_checkpoint(path: str | Path) -> dict:
                 raise ValueError("checksum")
             state = torch.load(file, map_location="cpu", weights_only=True)
             state["config"] = sid2.Config(**state["config"])
+            if min(state["step"], *(state["window"][k] for k in ("steps", "bad", "skipped"))) < 0:
+                raise ValueError("a negative number")
             keys = "config net ema optimizer step random classes seconds window".split()
             return {key: state[key] for key in keys} | {"file": file}
         except Exception as error:  # what torch.load raises has no narrower common type
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, 22):
+                raise  # it may be whole, but cannot be read; 22: a cut file
             damage = f"{file} is truncated or no checkpoint of train.py ({type(error).__name__})"
         if file != files[-1] and os.environ.get("RANK", "0") == "0":
             print(f"warning: {damage}; taking {files[-1]}", file=sys.stderr)
@@ -212,7 +220,7 @@ def replacing(path: Path, previous: Path | None = None):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except OSError as error:
         reason = str(error).splitlines()[0]
         fail(f"cannot write {path} ({reason}): nothing there was changed", everywhere=True)
     finally:
@@ -220,8 +228,8 @@ def replacing(path: Path, previous: Path | None = None):
 
 
 def sweep(folder: Path, hours: float = 0):
-    """Removes temporary files that a killed process left behind."""
-    for file in folder.rglob(".*.part"):
+    """Removes what `replacing` left in a folder when its process was killed."""
+    for file in folder.glob(".*.????????.part"):
         with contextlib.suppress(OSError):  # another process was faster
             if time.time() - file.stat().st_mtime >= 3600 * hours:
                 file.unlink()
@@ -337,6 +345,7 @@ def parse() -> argparse.Namespace:
         help="guidance where LOW <= logsnr < HIGH; -99 99 is everywhere")
     add("--batch", type=int, default=64, help="images at once, per process; default: %(default)s")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    add("--compile", action="store_true", help="faster from a few hundred images on, on CUDA")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     return parser.parse_args()
 
@@ -399,13 +408,18 @@ def main():
 
     def earlier(out: Path) -> dict:
         """Settings of what is there, whole or begun; where nothing is, ours."""
-        for path in (parts(out), out):
+        for path in (out, parts(out)):
             if path.is_file() or path.is_dir() and any(path.iterdir()):
                 try:
                     return json.loads(json_of(path).read_text())
                 except (OSError, ValueError):
                     return {}
         return settings
+
+    def clear():
+        """The images have their place in `out` now."""
+        shutil.rmtree(parts(out), ignore_errors=True)
+        json_of(parts(out)).unlink(missing_ok=True)
 
     name = dict(grid="samples{}.png", folder="images{}", npz="samples{}.npz")[args.format]
     numbered = (checkpoint.parent / name.format(f"-{n}" if n else "") for n in itertools.count())
@@ -418,6 +432,7 @@ def main():
     agree()  # all have looked before one writes
     if finished:
         if rank == 0:
+            clear()
             print(f"{out} is there already, made with these settings")
         return leave()
     try:
@@ -435,6 +450,8 @@ def main():
         net.load_state_dict(weights)
     except RuntimeError:
         fail(f"the weights in {checkpoint} do not fit its configuration: the file is damaged")
+    if args.compile:
+        net.compile(dynamic=False)  # two shapes: with and without guidance
     if rank == 0:
         print(f"{checkpoint}, step {state['step']}, {args.weights} weights, {len(seeds)} images, "
               f"{config.sampler} {config.sample_steps} steps, guidance {config.guidance} for "
@@ -453,14 +470,15 @@ def main():
                 Image.fromarray(image).save(temporary, "PNG")
     leave()  # the last image is there
     if rank == 0 and args.format != "folder":
+        with replacing(json_of(out)) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
         with replacing(out) as temporary:
             if args.format == "npz":
                 write_npz(temporary, files, labels)
             else:
                 images = np.stack([np.asarray(Image.open(file)) for file in files])
                 grid(images, labels, names).save(temporary, "PNG")
-        os.replace(json_of(folder), json_of(out))
-        shutil.rmtree(folder)
+        clear()
     if rank == 0:
         print(f"wrote {out}, its settings beside it in {json_of(out).name}")
 

@@ -431,6 +431,25 @@ def test_compiling_in_place_gives_one_graph_and_leaves_the_names():
     assert set(net.state_dict()) == before
 
 
+def test_training_compiles_once_and_guided_sampling_twice():
+    """One graph for all steps, whatever noise and labels; two shapes in the sampler, with and without the null class."""
+    graphs = []
+
+    def counter(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    net, y = shaken().train(), torch.tensor([0, 1])
+    net.compile(fullgraph=True, dynamic=False, backend=counter)
+    for n in range(4):
+        net(normal(2, 3, 8, 8, seed=n), normal(2, seed=n), y.roll(n)).sum().backward()
+    assert len(graphs) == 1
+    net.eval()
+    for guidance in (2.0, 3.0):
+        sid2.sample(net, [1, 2], y, 3, torch.linspace(-6, 6, 5), 8, guidance=guidance, interval=(-4.0, 4.0))
+    assert len(graphs) == 3
+
+
 # ---------------------------------------------------------------------------------------------------
 # 5. Sampler
 
@@ -966,6 +985,28 @@ def test_a_cut_off_folder_of_samples_is_completed(finished, tmp_path):
     assert code == 2 and "config" in err and after == [(f.stat().st_mtime_ns, f.read_bytes()) for f in files]
 
 
+@pytest.mark.parametrize("function", ["rmtree", "replace"])
+def test_a_kill_amid_the_clean_up_loses_no_sample(finished, tmp_path, monkeypatch, function):
+    """The npz is whole, its settings beside it; what is left of the single images goes with the next call."""
+    flags = [finished[0], "--format", "npz", "--count", 4, "--out", tmp_path / "s.npz", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        owner, real = (shutil, shutil.rmtree) if function == "rmtree" else (os, os.replace)
+
+        def killed(*args, **kwargs):
+            if function == "rmtree" or str(args[1]).endswith("s.npz"):
+                raise LookupError
+            return real(*args, **kwargs)
+
+        patch.setattr(owner, function, killed)
+        with pytest.raises(LookupError):
+            run(sample, *flags)
+    monkeypatch.setattr(sid2, "sample_steps", None)  # all images are there
+    code, printed, err = run(sample, *flags)
+    assert code == 0 and (function == "replace" or "is there already" in printed), err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.npz", "s.npz.json"]
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (4, 8, 8, 3)
+
+
 def test_flags_of_sample_reach_the_sampler(finished, tmp_path):
     """Each of them changes the picture, and the JSON beside it holds every one."""
     out, _, _ = finished
@@ -1099,6 +1140,24 @@ def test_the_scripts_start_from_a_shell(tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "error: no checkpoint at nowhere" in result.stderr
 
 
+def test_the_benchmark_counts_what_it_says(monkeypatch):
+    """With a clock that says one second for everything: products, levels, three forward passes for a step."""
+    monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
+    code, printed, err = run(train, "--bench", "--device", "cpu", "--precision", "fp32", *flags_of())
+    assert code == 0, err
+    gmac = sid2.count(replace(TINY, num_classes=6))[1]
+    assert f"matmul 2048 x 1024 x 4096: {2 * 2048 * 1024 * 4096 / 1e12:.3g} TFLOP/s" in printed
+    rows = {line[:30].strip(): line[30:].split() for line in printed.splitlines()}
+    for name, passes, images in (("training step", 3, 8), ("forward and backward", 3, 8), ("forward", 1, 8),
+                                 ("forward, guided", 1, 16), ("sampler, 4 guided steps", 1, 64)):
+        tflops = passes * 2e-3 * gmac * images
+        assert rows[name] == ["1000.0", "0.0%", f"{images:.1f}", f"{tflops:.3g}", f"{tflops / 0.01718:.1%}"], name
+    assert "sampler / its bare passes: 4.000" in printed
+    shares = [int(re.search(r"(\d+)% of GMAC", name).group(1)) for name in rows if "of GMAC" in name]
+    assert len(shares) == 2 and 85 < sum(shares) <= 100
+    assert any(name.startswith("2 R at 8² x 8") for name in rows) and any(name.startswith("1 T at 4² x 16") for name in rows)
+
+
 @pytest.mark.skipif("SID2_IMAGES" not in os.environ, reason="SID2_IMAGES names no folder of real images")
 def test_real_images_train(tmp_path):
     fit(tmp_path / "run", "--data", os.environ["SID2_IMAGES"], "--cache", tmp_path / "cache", image_size=32)
@@ -1156,6 +1215,27 @@ def test_a_signal_does_not_wait_for_a_picture_which_the_next_start_draws(tmp_pat
     assert state["step"] == 4 and not any((tmp_path / "cut" / "samples").iterdir())
     fit(tmp_path / "cut", "--data", "shapes", **flags)
     assert equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("error, code, message", [
+    (OSError(28, "No space left on device"), 2, "cannot read or write: .* No space left"),
+    (MemoryError(), 2, "out of memory: --batch"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory: --batch"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory: --batch"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "loads images was killed"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer"), 1, "another process of this run has ended"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (SystemExit(3), 3, "^$"),
+])
+def test_what_a_script_cannot_help_ends_with_one_line(capsys, error, code, message):
+    @sample.guarded
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        main()
+    err = capsys.readouterr().err
+    assert exit.value.code == code and re.search(message, err) and err.count("\n") <= 1
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
@@ -1420,6 +1500,41 @@ def test_unreadable_images_are_all_named_or_left_out(tmp_path, monkeypatch, spac
             json.loads(next((tmp_path / "cache").glob("*.json")).read_text()).values()} == bad
 
 
+def test_a_folder_that_cannot_be_listed_ends_the_run(tmp_path, monkeypatch):
+    """Else a class would be missing without a word."""
+    def scandir(path, real=os.scandir):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    rubbish(tmp_path / "data")
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert ends_well(lambda: train.find_images(tmp_path / "data")) is None
+
+
+def test_an_image_that_can_be_read_again_is_taken(tmp_path, monkeypatch):
+    """A disk that was away, rights that were missing: neither size nor date of the file have changed."""
+    root = bad_images(tmp_path, "fine")
+    Image.new("RGB", (8, 8)).save(root / "b" / "moody.png")
+    real = Image.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda path: real(path if "moody" not in str(path) else "nowhere"))
+        assert ends_well(lambda: train.open_data(str(root), 8, 0, tmp_path)) is None
+        assert train.open_data(str(root), 8, 0, tmp_path, skip_bad=True).counts == [1, 0]
+    assert train.open_data(str(root), 8, 0, tmp_path).counts == [1, 1]
+
+
+def test_names_of_any_bytes_train(tmp_path):
+    root = os.fsencode(tmp_path / "data")
+    os.makedirs(root + b"/\xff\xfe"), os.makedirs(root + b"/b\nc")
+    for name in (b"/\xff\xfe/\xe9.png", b"/b\nc/2.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+        shutil.copy(tmp_path / "x.png", root + name)
+    state, printed = fit(tmp_path / "run", "--data", tmp_path / "data", "--cache", tmp_path / "cache")
+    printed.encode()
+    assert state["step"] == 4 and len(state["classes"]) == 2
+
+
 def test_an_image_of_one_row_does_not_fill_the_memory():
     with pytest.raises(ValueError, match="elongated"):
         train.centre_crop(Image.new("1", (2_000_000, 1)), 64)
@@ -1442,12 +1557,14 @@ def test_a_cache_that_was_cut_off_is_built_again(tmp_path, folder):
     images = train.open_data(str(folder), 8, 0, tmp_path).read(np.arange(9))
     cached, report = next(tmp_path.glob("*.npy")), next(tmp_path.glob("*.json"))
     whole = cached.read_bytes()
-    for length in (0, 20, 130, len(whole) - 1):
-        cached.write_bytes(whole[:length])
+    for cut in (b"", whole[:20], whole[:130], whole[:-1], whole.replace(b"|u1", b"|i1")):
+        cached.write_bytes(cut)
         assert np.array_equal(train.open_data(str(folder), 8, 0, tmp_path).read(np.arange(9)), images)
         assert cached.read_bytes() == whole
-    report.unlink(), cached.write_bytes(bytes(len(whole)))
-    assert np.array_equal(train.open_data(str(folder), 8, 0, tmp_path).read(np.arange(9)), images)
+    for text in (None, "", "[]", "null", '{"x": 1}', '{"99": ""}'):
+        report.write_text(text) if text is not None else report.unlink()
+        cached.write_bytes(whole[:200] + bytes(len(whole) - 200))
+        assert np.array_equal(train.open_data(str(folder), 8, 0, tmp_path).read(np.arange(9)), images), text
     stale = tmp_path / ".x.npy.12345678.part"
     stale.write_bytes(b"")
     train.open_data(str(folder), 8, 0, tmp_path)
@@ -1847,7 +1964,7 @@ def test_script_samples_a_run_and_scores_it(score, tmp_path):
         for p in net.parameters():  # a fresh network gives 0 for every label
             torch.nn.init.normal_(p, 0, 0.3)
         torch.save(dict(config=asdict(config), net={}, ema=net.state_dict(), optimizer={}, step=3,
-                        random={}, classes=classes, seconds=0.0, window={}), "run/checkpoint.pt")
+                        random={}, classes=classes, seconds=0.0, window=dict(loss=0.0, steps=0, bad=0, skipped=0)), "run/checkpoint.pt")
         args = types.SimpleNamespace(samples="run", data="shapes", num=5, batch=2, cache=tmp_path)
         fake, real, _ = fid.open_run(args, CPU)
         pictures, labels = train.Shapes(8, 0).batch(np.arange(5))

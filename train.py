@@ -34,6 +34,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sid2
@@ -173,34 +174,41 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class Cache:
-    """Images in an .npy file, memory-mapped at each call: loader processes share nothing else.
+    """Images in an .npy file, memory-mapped at each call: loader processes share nothing else."""
 
-    The main process of a machine writes it once, from `chunks` of bytes, while the others wait.
-    """
+    def __init__(self, path: Path, shape: tuple[int, ...]):
+        self.path, self.shape = path, shape
 
-    def __init__(self, path: Path, shape: tuple[int, ...], chunks, main: bool):
-        self.path = path
-        if main and not self.holds(path, shape):
-            header = dict(descr="|u1", fortran_order=False, shape=shape)
-            with replacing(path) as temporary, open(temporary, "wb") as out:
-                np.lib.format.write_array_header_1_0(out, header)
-                for chunk in chunks:
-                    out.write(chunk)
-
-    @staticmethod
-    def holds(path: Path, shape: tuple[int, ...]) -> bool:
-        """Whether it is there, and whole."""
+    def whole(self) -> bool:
         try:
-            return np.load(path, mmap_mode="r").shape == shape
-        except (OSError, ValueError, EOFError):
+            images = np.load(self.path, mmap_mode="r")
+            return images.shape == self.shape and images.dtype == np.uint8
+        except Exception:  # NumPy's reader raises many kinds
             return False
 
+    def write(self, chunks):
+        """Once, by the main process of a machine, while the others wait."""
+        with replacing(self.path) as temporary, open(temporary, "wb") as out:
+            header = dict(descr="|u1", fortran_order=False, shape=self.shape)
+            np.lib.format.write_array_header_1_0(out, header)
+            for chunk in chunks:
+                out.write(chunk)
+
     def __call__(self, index: np.ndarray) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r")[index]
+        try:
+            return np.load(self.path, mmap_mode="r")[index]
+        except (OSError, ValueError) as error:
+            raise ImageError(f"the cache {self.path} was changed ({error}): start again") from None
+
+
+def printable(name: str) -> str:
+    """A file's name may hold any bytes."""
+    return name.encode(errors="replace").decode()
 
 
 def fingerprint(*parts) -> str:
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+    text = "\n".join(map(str, parts))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170,052,171 bytes
@@ -230,7 +238,9 @@ def open_cifar10(size: int, seed: int, cache: Path, main: bool) -> Images:
         raw = b"".join(tar.extractfile(member).read() for member in members)
     records = np.frombuffer(raw, np.uint8).reshape(50_000, 1 + 3 * 32 * 32)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    read = Cache(cache / "cifar10.npy", images.shape, [images.tobytes()], main)
+    read = Cache(cache / "cifar10.npy", images.shape)
+    if main and not read.whole():
+        read.write([images.tobytes()])
     return Images("CIFAR-10, training set", read, records[:, 0], CIFAR10_CLASSES, seed, "cifar10")
 
 
@@ -238,7 +248,7 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
     """uint8 arr_0 (N, image_size, image_size, 3); labels arr_1 (N,) where there are any."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            labels = arrays["arr_1"] if "arr_1" in arrays else None
+            labels = np.asarray(arrays["arr_1"]) if "arr_1" in arrays else None
         member, shape = open_npz_images(path)
         checksums = [(entry.filename, entry.CRC) for entry in zipfile.ZipFile(path).infolist()]
     except Exception as error:  # errors of zip, header and type share no base
@@ -262,7 +272,11 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
             fail(f"{path} is damaged ({error}): fetch or write it again", everywhere=True)
 
     content = fingerprint(*sorted(checksums))
-    read = Cache(cache / f"{content}.npy", shape, chunks(), main)
+    read = Cache(cache / f"{content}.npy", shape)
+    if main and not read.whole():
+        read.write(chunks())
+        if not read.whole():
+            fail(f"{path} is damaged (arr_0 is not as long as it says)", everywhere=True)
     return Images(str(path), read, labels, classes, seed, content)
 
 
@@ -272,9 +286,9 @@ SUFFIXES = ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".spl
 def find_images(top: Path) -> list[Path]:
     """Image files below `top`, sorted; links are followed, hidden files and folders are not."""
     files, seen = [], set()
-    for root, folders, names in os.walk(top, followlinks=True):
+    for root, folders, names in os.walk(top, followlinks=True, onerror=fail):
         real = os.path.realpath(root)
-        folders[:] = [f for f in folders if not f.startswith(".") and real not in seen]
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and real not in seen)
         seen.add(real)  # a link to a folder above is followed once
         files += [Path(root, n) for n in names if not n.startswith(".")]
     return sorted(p for p in files if p.suffix.lower() in SUFFIXES
@@ -290,7 +304,7 @@ def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, worke
     if not files:
         fail(f"no images in {path} and its sub-folders: looked for {' '.join(SUFFIXES)}")
     names = [p.relative_to(top) for p in files]
-    firsts = [name.parts[0] if len(name.parts) > 1 else "" for name in names]
+    firsts = [printable(name.parts[0]) if len(name.parts) > 1 else "" for name in names]
     classes, loose = sorted(set(firsts) - {""}), firsts.count("")
     if classes and loose:
         fail(f"{path} has {loose} images beside its {len(classes)} class folders: put them into "
@@ -301,39 +315,50 @@ def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, worke
     stats = [p.stat() if p.exists() else p.lstat() for p in files]  # a link may lead nowhere
     content = fingerprint(*(f"{name} {s.st_size}" for name, s in zip(names, stats)))
     known = fingerprint(size, top, content, *(s.st_mtime_ns for s in stats))
-    target, report = cache / f"{known}.npy", cache / f"{known}.json"  # images; who is unreadable
-    shape, read = (len(files), size, size, 3), Files(files, size)
-    there = Cache.holds(target, shape)
+    report = cache / f"{known}.json"  # which images are unreadable
+    shape, decode = (len(files), size, size, 3), Files(files, size)
+    cached = Cache(cache / f"{known}.npy", shape)
+    there = cached.whole()
     fits = there or math.prod(shape) < shutil.disk_usage(cache).free / 2
-    agree()  # all have looked at the disk before one fills it
-    if main and not (report.is_file() and (there or not fits)):
+
+    def reported() -> dict[int, str] | None:
+        try:
+            bad = {int(i): error for i, error in json.loads(report.read_text()).items()}
+            return bad if all(0 <= i < len(files) for i in bad) else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    bad = reported()
+    known_all = bad is not None and all(decode[i][1] for i in bad)  # none was repaired
+    agree()  # all have looked before one writes
+    if main and not (known_all and (there or not fits)):
         bad = {}
 
-        def decoded():
-            loader = DataLoader(read, 32, num_workers=workers, collate_fn=list, worker_init_fn=deaf)
+        def images():
+            loader = DataLoader(decode, 32, num_workers=workers, collate_fn=list,
+                                worker_init_fn=deaf)
             bar = tqdm(loader, f"decoding {len(files)} images", unit="batch of 32")
             for i, (image, error) in enumerate(itertools.chain.from_iterable(bar)):
                 if error:
                     bad[i] = error
                 yield image
 
-        target.unlink(missing_ok=True)
         if fits:
-            Cache(target, shape, decoded(), main)
+            cached.write(images())
         else:  # they are decoded anew in each epoch
-            collections.deque(decoded(), maxlen=0)
+            collections.deque(images(), maxlen=0)
         with replacing(report) as temporary:
             temporary.write_text(json.dumps(bad))
     agree()
-    bad = json.loads(report.read_text())
-    listed = "; ".join([*bad.values()][:20]) + ("; ..." if len(bad) > 20 else "")
+    bad = reported()
+    listed = printable("; ".join([*bad.values()][:20]) + ("; ..." if len(bad) > 20 else ""))
     if bad and (not skip_bad or len(bad) == len(files)):
         fail(f"{len(bad)} of {len(files)} images in {path} cannot be read: repair or remove them, "
              f"or --skip-bad leaves them out: {listed}")
     if bad and main:
         print(f"{len(bad)} of {len(files)} images left out, all named in {report}: {listed}")
-    read = Cache(target, shape, (), main) if fits else read
-    return Images(str(path), read, labels, classes, seed, content, [int(i) for i in bad], names)
+    read = cached if fits else decode
+    return Images(str(path), read, labels, classes, seed, content, [*bad], names)
 
 
 def deaf(_):
@@ -398,6 +423,7 @@ def parse() -> argparse.Namespace:
         help="auto: bf16 where the hardware multiplies it")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--bench", action="store_true", help="no training: speed of the preset, in a table")
     add("--workers", type=int, help="loader processes; default: up to 8 on CUDA or to decode")
     group = parser.add_argument_group("fields of sid2.Config; default: the preset's")
     for field in fields(sid2.Config):
@@ -423,8 +449,8 @@ def check_folder(out: Path, settings: dict):
             fail(f"{out} exists and is no run folder: give another --out")
         return
     try:
-        before = json.loads((out / "config.json").read_text())
-    except ValueError:
+        before = dict(json.loads((out / "config.json").read_text()))
+    except (ValueError, TypeError):
         fail(f"{out / 'config.json'} is damaged: restore it, or give another --out")
     free = "steps micro_batch log_every sample_every save_every data".split()  # may change later
     differ = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items()
@@ -451,9 +477,9 @@ def init_from(path: str, net: sid2.UViT) -> str:
 def open_log(path: Path, step: int):
     """log.csv with the rows up to `step`, open for more."""
     header = "step,images,loss,grad_norm,lr,skipped,images_per_second,data_wait,seconds"
-    lines = path.read_text().splitlines()[1:] if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines()[1:] if path.is_file() else []
     kept = [line for line in lines if line.count(",") == header.count(",")
-            and int(line.split(",")[0]) <= step]
+            and (n := line.split(",")[0]).isdecimal() and int(n) <= step]
     with replacing(path) as temporary:
         temporary.write_text("\n".join([header, *kept, ""]))
     return open(path, "a", buffering=1)
@@ -472,6 +498,7 @@ class Stop:
         alone = "RANK" not in os.environ  # torchrun passes on a Ctrl-C that we have had already
         again, self.asked = self.asked and number == signal.SIGINT and alone, True
         if again or self.drawing:
+            self.drawing = False
             raise KeyboardInterrupt
 
 
@@ -488,6 +515,8 @@ def main():
     if "image_size" in given and preset["noise_high"] == preset["image_size"]:
         given.setdefault("noise_high", given["image_size"])  # what is "the image size" stays that
     config = make_config(**preset | given)
+    if args.bench:
+        return bench(config, args.batch or 32, device, precision, bool(args.compile))
     own = args.preset if args.preset in ("shapes", "cifar10") else None
     if not (name := args.data or own):
         fail(f"--preset {args.preset} needs --data: a folder of images or an npz")
@@ -517,7 +546,7 @@ def main():
                                  fused=True)  # [SD]
     window = dict(loss=0.0, steps=0, bad=0, skipped=0)  # what the next row of the log says
     state = dict(step=0, seconds=0.0, window=window)
-    if any((out / name).exists() for name in ("checkpoint.pt", "previous.pt")):
+    if any(os.path.lexists(out / name) for name in ("checkpoint.pt", "previous.pt")):
         state = load_checkpoint(out)
     elif args.init_from:
         taken = init_from(args.init_from, net)
@@ -527,7 +556,7 @@ def main():
             net.load_state_dict(state.pop("net"))
             ema.load_state_dict(state.pop("ema"))
             optimizer.load_state_dict(state.pop("optimizer"))
-        except (KeyError, RuntimeError, ValueError):
+        except (KeyError, RuntimeError, TypeError, ValueError):
             fail(f"the weights in {state['file']} do not fit its configuration: it is damaged")
     if world > 1:  # a machine that does not see the run's folder would start anew
         ends = torch.tensor([state["step"], -state["step"]], device=device)
@@ -542,7 +571,7 @@ def main():
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            sweep(out)
+            sweep(out), sweep(out / "samples")
             if state.get("file") == out / "previous.pt" and (out / "checkpoint.pt").exists():
                 os.replace(out / "checkpoint.pt", out / "damaged.pt")
             with replacing(out / "config.json") as temporary:
@@ -581,12 +610,12 @@ def main():
         shown = shown_classes(config.num_classes)
         numbers = list(range(8 * len(shown)))
         y = choose_labels(numbers, shown, config.num_classes)
-        stop.drawing = True
         with contextlib.suppress(KeyboardInterrupt), autocast(device, precision):
+            stop.drawing = True
             pictures = sample_images(ema, config, numbers, y, device, desc="samples")
             with replacing(path) as temporary:
                 grid(pictures, y, names).save(temporary, "PNG")
-        stop.drawing = False
+            stop.drawing = False
 
     if steps.start > 0:
         draw(steps.start)
@@ -677,7 +706,10 @@ def main():
                         seconds=state["seconds"] + aside - begun, window=window)
             os.fsync(log.fileno())
             with replacing(out / "checkpoint.pt", out / "previous.pt") as temporary:
-                torch.save(kept, temporary)
+                try:
+                    torch.save(kept, temporary)
+                except RuntimeError as error:  # what torch makes of a full disk
+                    raise OSError(str(error)) from None
         since += time.perf_counter() - aside
         if stopped:
             break
@@ -703,8 +735,8 @@ def give_up(out: Path, data, config: sid2.Config, seed: int, step: int, rank: in
         with replacing(out / "diagnosis.json") as temporary:
             temporary.write_text(json.dumps(seen))
     fail(f"ten steps in a row without finite gradients, up to step {step}: {out}/diagnosis.json "
-         f"names their images and noise levels. {out} is as last saved: --init-from {out} with "
-         "another --out and a lower --lr or --precision fp32 goes on from there", code=1)
+         f"names their images and noise levels. Try a lower --lr or --precision fp32 in another "
+         f"--out, from the start or with --init-from {out}, which is as last saved", code=1)
 
 
 def describe(config: sid2.Config, data, names: list[str]):
@@ -716,6 +748,132 @@ def describe(config: sid2.Config, data, names: list[str]):
     print(f"data: {data.name}; {sum(data.counts) if data.counts else 'endless'} images; "
           f"{len(counts)} classes", ", ".join(counts[:20]) + (", ..." if counts[20:] else ""),
           sep=": " if counts else "")
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. `--bench`: how fast the network is here, and how close to what the machine can do
+
+PEAK = {"H200": 989, "H100 80GB HBM3": 989, "A100": 312}  # dense bf16 TFLOP/s, NVIDIA's data sheets
+
+
+def bench(config: sid2.Config, batch: int, device: torch.device, precision: str, compiled: bool):
+    """Times with random data, each the median of 7; the spread is (max - min) / median.
+
+    GMAC count a multiplication and its addition once: TFLOP/s = 2 GMAC images/s / 1000. Forward and
+    backward count as three forward passes, whatever is computed again. "of matmul" is the share of
+    a large product's speed in this same run, "of peak" that of the data sheet.
+    """
+    cuda = device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+
+    def clock(run) -> tuple[float, float, float]:
+        """Seconds, spread, GB at the peak; the device is fed without pause for a quarter second."""
+        run(), wait()  # compiles
+        begun = time.perf_counter()
+        run(), wait()
+        calls, seconds = 1 + int(0.25 / (time.perf_counter() - begun)), []
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(7):
+            begun = time.perf_counter()
+            for _ in range(calls):
+                run()
+            wait()
+            seconds.append((time.perf_counter() - begun) / calls)
+        median = sorted(seconds)[3]
+        peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan
+        return median, (max(seconds) - min(seconds)) / median, peak
+
+    # what the machine can do
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    m, k, n = (8192, 8192, 8192) if cuda else (2048, 1024, 4096)
+    a, b = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (k, n)))
+    matmul = 2 * m * k * n / clock(lambda: a @ b)[0] / 1e12
+    a, b = torch.zeros(2, 2**28 if cuda else 2**25, device=device)
+    copied = 2 * a.nbytes / clock(lambda: b.copy_(a))[0] / 1e9
+    a = b = None
+    name = torch.cuda.get_device_name() if cuda else f"{device}, {torch.get_num_threads()} threads"
+    peak = next((tflops for key, tflops in PEAK.items() if key in name), math.nan)
+    print(f"{name}, torch {torch.__version__}, {precision}, float32 products: "
+          f"{torch.get_float32_matmul_precision()}, {'compiled' if compiled else 'eager'}")
+    print(f"matmul {m} x {k} x {n}: {matmul:.3g} TFLOP/s; copy: {copied:.0f} GB/s")
+
+    # the network
+    net = sid2.UViT(config).to(device)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-9, fused=True)
+    if compiled:
+        net.compile()
+    z = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
+    y = torch.zeros(batch, dtype=torch.long, device=device)
+    t = (torch.arange(batch, device=device) + 0.5) / batch
+    logsnr, slope = sid2.schedule(t, config.image_size, config.noise_low, config.noise_high)
+
+    def backward():
+        with autocast(device, precision):
+            v_hat = net(z, logsnr, y)
+        sid2.sigmoid_loss(v_hat, z, logsnr, slope, config.bias).mean().backward()
+
+    def step():
+        backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        sid2.ema_update(ema, net, 0, config.ema)
+
+    def forward(doubled=False):
+        with torch.no_grad(), autocast(device, precision):
+            net(*(torch.cat([w, w]) if doubled else w for w in (z, logsnr, y)))
+
+    def sampler():
+        schedule = logsnr.sort().values[[0, batch // 3, batch // 2, -1]].cpu()
+        with autocast(device, precision):
+            sid2.sample(net, list(range(batch)), y, 0, schedule, config.image_size, guidance=2.0)
+
+    parameters, gmac = sid2.count(config)
+    print(f"{parameters / 1e6:.1f} M parameters, {gmac:.2f} GMAC per image, batch {batch}\n\n"
+          f"{'':30}      ms  spread  images/s  TFLOP/s  of matmul"
+          + "  of peak  memory" * cuda)
+
+    def row(what: str, run, images: int, factor: int, gmac=gmac) -> float:
+        seconds, spread, memory = clock(run)
+        tflops = factor * 2e-3 * gmac * images / seconds
+        print(f"{what:30}{1e3 * seconds:8.1f} {spread:7.1%} {images / seconds:9.1f} {tflops:8.3g} "
+              f"{tflops / matmul:10.1%}" + f"{tflops / peak:9.1%} {memory:4.1f} GB" * cuda)
+        return seconds
+
+    net.train()
+    row("training step", step, batch, 3)
+    row("forward and backward", backward, batch, 3)
+    optimizer.zero_grad()
+    net.eval()
+    row("forward", forward, batch, 1)
+    double = row("forward, guided", lambda: forward(True), 2 * batch, 1)
+    whole = row("sampler, 4 guided steps", sampler, 8 * batch, 1)
+    print(f"sampler / its bare passes: {4 * double / whole:.3f}\n")
+
+    # each level alone, forward and backward, not compiled
+    c = torch.randn(batch, config.width, device=device)
+    side, last = config.image_size // config.patch_size, len(config.channels) - 1
+    net.train()
+    for level, (kind, C) in enumerate(zip(config.blocks, config.channels)):
+        blocks = net.middle if level == last else [*net.blocks_down[level], *net.blocks_up[level]]
+        h = torch.randn(batch, side >> level, side >> level, C, device=device, requires_grad=True)
+        one = h[:1].detach().to("meta")
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            for block in copy.deepcopy(blocks[:1]):
+                block.to("meta")(one, c[:1].to("meta"))
+        macs = len(blocks) * counter.get_total_flops() / 2e9
+
+        def run():
+            with autocast(device, precision):
+                r = h
+                for block in blocks:
+                    r = block(r, c)
+            r.float().mean().backward()
+
+        what = f"{len(blocks):2} {kind} at {side >> level}² x {C}"
+        row(f"{what}, {macs / gmac:.0%} of GMAC", run, batch, 3, macs)
 
 
 if __name__ == "__main__":
