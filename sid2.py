@@ -321,7 +321,7 @@ class UViT(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.patch_size, self.checkpointing = config.patch_size, False
+        self.patch_size, self.checkpointing = config.patch_size, ()  # levels that save memory
         C, levels = config.channels, range(len(config.channels) - 1)  # above the middle
         self.first = config.blocks.find("T")  # the level where transformers begin
 
@@ -349,9 +349,9 @@ class UViT(nn.Module):
         no identity [ours]."""
         return h + self.position.to(h.dtype) if level == self.first else h
 
-    def run(self, blocks: nn.ModuleList, h: Tensor, c: Tensor) -> Tensor:
+    def run(self, level: int, blocks: nn.ModuleList, h: Tensor, c: Tensor) -> Tensor:
         for block in blocks:
-            if self.checkpointing and self.training:  # keep h, compute the inside again
+            if level in self.checkpointing and self.training:  # keep h, compute the inside again
                 h = checkpoint(block, h, c, use_reentrant=False)
             else:
                 h = block(h, c)
@@ -361,14 +361,14 @@ class UViT(nn.Module):
         """All between patch embedding and head; at initialisation the identity, bit for bit."""
         skips = []
         for level, (blocks, down) in enumerate(zip(self.blocks_down, self.down)):
-            high = self.run(blocks, h, c)
+            high = self.run(level, blocks, h, c)
             h = low = self.place(down(high), level + 1)
             skips.append((high, low))
-        h = self.run(self.middle, h, c)
-        for blocks, up in zip(reversed(self.blocks_up), reversed(self.up)):
+        h = self.run(len(skips), self.middle, h, c)
+        for level, (blocks, up) in reversed([*enumerate(zip(self.blocks_up, self.up))]):
             high, low = skips.pop()
             h = high + up(h - low)
-            h = self.run(blocks, h, c)
+            h = self.run(level, blocks, h, c)
         return h
 
     def forward(self, z: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:

@@ -396,14 +396,21 @@ def test_dropout_acts_in_transformer_blocks_and_in_training_only():
 
 
 def test_checkpointing_changes_memory_and_nothing_else(monkeypatch):
+    """Of the levels named, each block is computed again: two of the top level, one of the middle."""
     calls, real, gradients = [], sid2.checkpoint, []
     monkeypatch.setattr(sid2, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
-    for checkpointing in (False, True):
-        net = shaken().train()
-        net.checkpointing = checkpointing
-        net(normal(2, 3, 8, 8), torch.zeros(2), torch.zeros(2).long()).square().sum().backward()
-        gradients.append([p.grad for p in net.parameters()])
-    assert len(calls) == 3 and all(torch.equal(a, b) for a, b in zip(*gradients))
+    for levels, blocks in ((), 0), ([0], 2), ([1], 1), ([0, 1], 3):
+        net, kept = shaken().train(), []
+        net.checkpointing = levels
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            loss = net(normal(2, 3, 8, 8), torch.zeros(2), torch.zeros(2).long()).square().sum()
+        loss.backward()
+        gradients.append(([p.grad for p in net.parameters()], sum(kept)))
+        assert len(calls) == blocks
+        calls.clear()
+    (first, most), *others = gradients
+    assert all(torch.equal(a, b) for other, _ in others for a, b in zip(first, other))
+    assert all(kept < most for _, kept in others) and gradients[3][1] == min(kept for _, kept in gradients)
 
 
 def test_bfloat16_autocast_keeps_activations_small_and_the_answer_close():
@@ -1085,6 +1092,7 @@ BAD_TRAIN = [  # what is wrong, the flags, words of the message
     (lambda p, f: ["--preset", "imagenet64"], "needs --data"),
     (lambda p, f: ["--device", "tpu"], "--device.*tpu"),
     (lambda p, f: ["--workers", "-1"], "workers"),
+    (lambda p, f: ["--checkpointing", "2"], r"--checkpointing \[2\]: the network has levels \[0, 1\]"),
     (lambda p, f: ["--seed", "-1"], "seed"),
     (lambda p, f: ["--init-from", p / "nowhere"], "no checkpoint at .*nowhere"),
     (lambda p, f: ["--init-from", f[0], "--channels", "8", "32"], "its trunk does not fit, for example"),

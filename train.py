@@ -422,7 +422,8 @@ def parse() -> argparse.Namespace:
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="auto: bf16 where the hardware multiplies it")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-    add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--checkpointing", type=int, nargs="*", metavar="LEVEL", help="compute activations of these "
+        "levels again (0 is the top; default: all): less memory, slower")
     add("--bench", action="store_true", help="no training: speed of the preset, in a table")
     add("--workers", type=int, help="loader processes; default: up to 8 on CUDA or to decode")
     group = parser.add_argument_group("fields of sid2.Config; default: the preset's")
@@ -515,8 +516,12 @@ def main():
     if "image_size" in given and preset["noise_high"] == preset["image_size"]:
         given.setdefault("noise_high", given["image_size"])  # what is "the image size" stays that
     config = make_config(**preset | given)
+    there = range(len(config.channels))
+    levels = list(there) if args.checkpointing == [] else args.checkpointing or []
+    if not set(levels) <= set(there):
+        fail(f"--checkpointing {levels}: the network has levels {list(there)}")
     if args.bench:
-        return bench(config, args.batch or 32, device, precision, bool(args.compile))
+        return bench(config, args.batch or 32, device, precision, bool(args.compile), levels)
     own = args.preset if args.preset in ("shapes", "cifar10") else None
     if not (name := args.data or own):
         fail(f"--preset {args.preset} needs --data: a folder of images or an npz")
@@ -538,6 +543,7 @@ def main():
                                      init_from=args.init_from)
     settings = json.loads(json.dumps(settings))  # as they will be read back
     check_folder(out, settings)
+    stop = Stop()
 
     # network, average and optimiser, as they were when the run stopped
     torch.manual_seed(args.seed)
@@ -563,7 +569,7 @@ def main():
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if ends.sum() != 0:
             fail(f"not all processes see the checkpoint in {out}: it must be on a shared disk")
-    net.checkpointing = args.checkpointing
+    net.checkpointing = levels
     if args.compile or args.compile is None and device.type == "cuda":
         net.compile()
     model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
@@ -597,7 +603,7 @@ def main():
                               pin_memory=device.type == "cuda", worker_init_fn=deaf))
     generator = torch.Generator(device)
     window, losses, norms = state["window"], [], []  # since the last row; since the host looked
-    waited, since_step, stop = 0.0, steps.start, Stop()
+    waited, since_step = 0.0, steps.start
 
     def due(done: int, every: int) -> bool:
         return done % every == 0 or done == config.steps
@@ -756,7 +762,8 @@ def describe(config: sid2.Config, data, names: list[str]):
 PEAK = {"H200": 989, "H100 80GB HBM3": 989, "A100": 312}  # dense bf16 TFLOP/s, NVIDIA's data sheets
 
 
-def bench(config: sid2.Config, batch: int, device: torch.device, precision: str, compiled: bool):
+def bench(config: sid2.Config, batch: int, device: torch.device, precision: str, compiled: bool,
+          levels: list[int]):
     """Times with random data, each the median of 7; the spread is (max - min) / median.
 
     GMAC count a multiplication and its addition once: TFLOP/s = 2 GMAC images/s / 1000. Forward and
@@ -795,11 +802,13 @@ def bench(config: sid2.Config, batch: int, device: torch.device, precision: str,
     name = torch.cuda.get_device_name() if cuda else f"{device}, {torch.get_num_threads()} threads"
     peak = next((tflops for key, tflops in PEAK.items() if key in name), math.nan)
     print(f"{name}, torch {torch.__version__}, {precision}, float32 products: "
-          f"{torch.get_float32_matmul_precision()}, {'compiled' if compiled else 'eager'}")
+          f"{torch.get_float32_matmul_precision()}, {'compiled' if compiled else 'eager'}"
+          + f", computed again: levels {levels}" * bool(levels))
     print(f"matmul {m} x {k} x {n}: {matmul:.3g} TFLOP/s; copy: {copied:.0f} GB/s")
 
     # the network
     net = sid2.UViT(config).to(device)
+    net.checkpointing = levels
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), 1e-9, fused=True)
     if compiled:
