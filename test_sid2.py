@@ -1209,7 +1209,7 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_differs(tmp_path, monk
     with monkeypatch.context() as patch:
         interrupt(patch, sid2, "sigmoid_loss", 3, number)
         state, printed = fit(tmp_path / "cut", "--data", "shapes", **flags)
-    assert state["step"] == 3 and "3 of 7 steps done" in printed and "stopped by a signal and saved" in printed
+    assert state["step"] == 3 and "3 of 7 steps done" in printed and "stopped by a signal" in printed
     state, printed = fit(tmp_path / "cut", "--data", "shapes", **flags)
     assert "resumed at step 3" in printed and equal_runs(tmp_path / "whole", tmp_path / "cut")
 
@@ -1219,6 +1219,10 @@ def test_a_signal_does_not_wait_for_a_picture_which_the_next_start_draws(tmp_pat
     fit(tmp_path / "whole", "--data", "shapes", **flags)
     with monkeypatch.context() as patch:
         interrupt(patch, sid2, "x_from_v", 2, signal.SIGTERM)
+        state, _ = fit(tmp_path / "cut", "--data", "shapes", **flags)
+    assert state["step"] == 4 and not any((tmp_path / "cut" / "samples").iterdir())
+    with monkeypatch.context() as patch:
+        interrupt(patch, sid2, "x_from_v", 2, signal.SIGTERM)  # and that start, too
         state, _ = fit(tmp_path / "cut", "--data", "shapes", **flags)
     assert state["step"] == 4 and not any((tmp_path / "cut" / "samples").iterdir())
     fit(tmp_path / "cut", "--data", "shapes", **flags)
@@ -1437,7 +1441,8 @@ def test_damaged_files_never_crash_a_reader(tmp_path, finished, folder, reader):
                 assert same({k: expected[k] for k in SAVED}, {k: state[k] for k in SAVED})
         elif reader == "npz":
             if state := ends_well(lambda: train.open_data(str(path), 8, 0, cache)):
-                assert np.array_equal(state.read(np.arange(3)), images) and np.array_equal(state.labels, labels)
+                assert np.array_equal(state.read(np.arange(3)), images)
+                assert np.array_equal(state.labels, labels) or not state.classes  # the zip directory lost arr_1
         else:
             if state := ends_well(lambda: fid.open_npz(path)):
                 ends_well(lambda: state.read(np.arange(state.count)))

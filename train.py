@@ -249,6 +249,8 @@ def open_npz(path: Path, size: int, seed: int, cache: Path, main: bool) -> Image
     try:
         with np.load(path, allow_pickle=False) as arrays:
             labels = np.asarray(arrays["arr_1"]) if "arr_1" in arrays else None
+            if unknown := {*arrays} - {"arr_0", "arr_1"}:
+                raise ValueError(f"it also holds {', '.join(unknown)}; labels must be called arr_1")
         member, shape = open_npz_images(path)
         checksums = [(entry.filename, entry.CRC) for entry in zipfile.ZipFile(path).infolist()]
     except Exception as error:  # errors of zip, header and type share no base
@@ -295,10 +297,46 @@ def find_images(top: Path) -> list[Path]:
                   and (p.is_file() or p.is_symlink() and not p.exists()))  # it leads nowhere
 
 
+def decode_once(decode: Files, cached: Cache, workers: int, main: bool):
+    """All images at the start, into the cache if the disk has room for it; else they are decoded
+    anew in each epoch. Gives what reads them, and what is wrong with the unreadable ones."""
+    report, there = cached.path.with_suffix(".json"), cached.whole()
+    fits = there or math.prod(cached.shape) < shutil.disk_usage(report.parent).free / 2
+
+    def reported() -> dict[int, str] | None:
+        try:
+            bad = {int(i): error for i, error in json.loads(report.read_text()).items()}
+            return bad if all(0 <= i < len(decode) for i in bad) else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def images():
+        loader = DataLoader(decode, 32, num_workers=workers, collate_fn=list, worker_init_fn=deaf)
+        bar = tqdm(loader, f"decoding {len(decode)} images", unit="batch of 32")
+        for i, (image, error) in enumerate(itertools.chain.from_iterable(bar)):
+            if error:
+                bad[i] = error
+            yield image
+
+    bad = reported()
+    known = bad is not None and all(decode[i][1] for i in bad)  # none was repaired
+    agree()  # all have looked before one writes
+    if main and not (known and (there or not fits)):
+        bad = {}
+        if fits:
+            cached.write(images())
+        else:
+            collections.deque(images(), maxlen=0)
+        with replacing(report) as temporary:
+            temporary.write_text(json.dumps(bad))
+    agree()
+    return cached if fits else decode, reported()
+
+
 def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, workers: int,
                 skip_bad: bool) -> Images:
     """Images of a folder, nested. Its immediate sub-folders are the classes; without any it is
-    unlabelled. All are decoded once at the start, into the cache if it is large enough."""
+    unlabelled."""
     top = path.resolve()
     files = find_images(top)
     if not files:
@@ -315,49 +353,14 @@ def open_folder(path: Path, size: int, seed: int, cache: Path, main: bool, worke
     stats = [p.stat() if p.exists() else p.lstat() for p in files]  # a link may lead nowhere
     content = fingerprint(*(f"{name} {s.st_size}" for name, s in zip(names, stats)))
     known = fingerprint(size, top, content, *(s.st_mtime_ns for s in stats))
-    report = cache / f"{known}.json"  # which images are unreadable
-    shape, decode = (len(files), size, size, 3), Files(files, size)
-    cached = Cache(cache / f"{known}.npy", shape)
-    there = cached.whole()
-    fits = there or math.prod(shape) < shutil.disk_usage(cache).free / 2
-
-    def reported() -> dict[int, str] | None:
-        try:
-            bad = {int(i): error for i, error in json.loads(report.read_text()).items()}
-            return bad if all(0 <= i < len(files) for i in bad) else None
-        except (OSError, ValueError, AttributeError):
-            return None
-
-    bad = reported()
-    known_all = bad is not None and all(decode[i][1] for i in bad)  # none was repaired
-    agree()  # all have looked before one writes
-    if main and not (known_all and (there or not fits)):
-        bad = {}
-
-        def images():
-            loader = DataLoader(decode, 32, num_workers=workers, collate_fn=list,
-                                worker_init_fn=deaf)
-            bar = tqdm(loader, f"decoding {len(files)} images", unit="batch of 32")
-            for i, (image, error) in enumerate(itertools.chain.from_iterable(bar)):
-                if error:
-                    bad[i] = error
-                yield image
-
-        if fits:
-            cached.write(images())
-        else:  # they are decoded anew in each epoch
-            collections.deque(images(), maxlen=0)
-        with replacing(report) as temporary:
-            temporary.write_text(json.dumps(bad))
-    agree()
-    bad = reported()
+    cached = Cache(cache / f"{known}.npy", (len(files), size, size, 3))
+    read, bad = decode_once(Files(files, size), cached, workers, main)
     listed = printable("; ".join([*bad.values()][:20]) + ("; ..." if len(bad) > 20 else ""))
     if bad and (not skip_bad or len(bad) == len(files)):
         fail(f"{len(bad)} of {len(files)} images in {path} cannot be read: repair or remove them, "
              f"or --skip-bad leaves them out: {listed}")
     if bad and main:
-        print(f"{len(bad)} of {len(files)} images left out, all named in {report}: {listed}")
-    read = cached if fits else decode
+        print(f"{len(bad)} of {len(files)} images left out: {listed}")
     return Images(str(path), read, labels, classes, seed, content, [*bad], names)
 
 
@@ -422,8 +425,8 @@ def parse() -> argparse.Namespace:
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="auto: bf16 where the hardware multiplies it")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-    add("--checkpointing", type=int, nargs="*", metavar="LEVEL", help="compute activations of these "
-        "levels again (0 is the top; default: all): less memory, slower")
+    add("--checkpointing", type=int, nargs="*", metavar="LEVEL", help="compute activations of "
+        "these levels again (0 is the top; default: all): less memory, slower")
     add("--bench", action="store_true", help="no training: speed of the preset, in a table")
     add("--workers", type=int, help="loader processes; default: up to 8 on CUDA or to decode")
     group = parser.add_argument_group("fields of sid2.Config; default: the preset's")
@@ -594,17 +597,6 @@ def main():
         if state["step"] >= config.steps:
             print(f"nothing left to do: the run has its {config.steps} steps; --steps adds more")
 
-    steps = range(state["step"], config.steps)
-    share = slice(rank * local, (rank + 1) * local)  # of the whole batch
-    place = torch.arange(config.batch)[share]
-    cheap = device.type != "cuda" and not isinstance(getattr(data, "read", None), Files)
-    batches = iter(DataLoader(Batches(data, config.batch, share), batch_size=None, sampler=steps,
-                              num_workers=0 if cheap and args.workers is None else workers,
-                              pin_memory=device.type == "cuda", worker_init_fn=deaf))
-    generator = torch.Generator(device)
-    window, losses, norms = state["window"], [], []  # since the last row; since the host looked
-    waited, since_step = 0.0, steps.start
-
     def due(done: int, every: int) -> bool:
         return done % every == 0 or done == config.steps
 
@@ -623,9 +615,20 @@ def main():
                 grid(pictures, y, names).save(temporary, "PNG")
             stop.drawing = False
 
+    steps = range(state["step"], config.steps)
     if steps.start > 0:
         draw(steps.start)
-        agree()  # the others wait for it
+    if agree(stop.asked):  # the others wait here for the picture
+        steps = steps[:0]
+    share = slice(rank * local, (rank + 1) * local)  # of the whole batch
+    place = torch.arange(config.batch)[share]
+    cheap = device.type != "cuda" and not isinstance(getattr(data, "read", None), Files)
+    batches = iter(DataLoader(Batches(data, config.batch, share), batch_size=None, sampler=steps,
+                              num_workers=0 if cheap and args.workers is None else workers,
+                              pin_memory=device.type == "cuda", worker_init_fn=deaf))
+    generator = torch.Generator(device)
+    window, losses, norms = state["window"], [], []  # since the last row; since the host looked
+    waited, since_step = 0.0, steps.start
     begun = since = time.perf_counter()
     bar = tqdm(total=config.steps, initial=steps.start, unit="step", disable=rank > 0)
     model.train()
@@ -724,8 +727,8 @@ def main():
     if rank == 0 and steps:
         print(f"{done} of {config.steps} steps done in {(time.perf_counter() - begun) / 60:.1f} "
               f"minutes; pictures in {out / 'samples'}, more with `python sample.py {out}`")
-        if done < config.steps:
-            print("stopped by a signal and saved: the same command goes on")
+    if rank == 0 and stop.asked:
+        print("stopped by a signal: the same command goes on")
 
 
 def give_up(out: Path, data, config: sid2.Config, seed: int, step: int, rank: int):
