@@ -1871,12 +1871,12 @@ def test_statistics_equal_direct_ones_whatever_the_batch():
 def test_two_processes_give_the_statistics_of_one(tmp_path):
     """Seven images over two processes: none twice, none missing, one answer on both."""
     code = f"""
-import os, sys, numpy as np, torch, torch.distributed as dist, fid
+import os, sys, numpy as np, torch, torch.distributed as dist, fid, sample
 from {Path(__file__).stem} import CPU, some_source, shallow
 dist.init_process_group("gloo")
 result = fid.measure(some_source(), np.arange(7), shallow, CPU, 2, 5)
 torch.save(result, sys.argv[1] + os.environ["RANK"])
-dist.destroy_process_group()
+sample.leave()
 """
     out, port = tmp_path / "out", 20_000 + os.getpid() % 20_000
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -1949,6 +1949,18 @@ def test_script_saves_statistics_and_scores_against_them(score):
     assert code == 0 and list(result) == names and "0.0 MB of features in float16" in out
     assert result["random-precision"] == result["random-recall"] == 1
     assert result["random-FID-5"] > 20 and "adm.npz does not say" in out
+
+
+def test_the_whole_script_on_two_processes_writes_the_same_statistics(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images("five")
+    for n in (1, 2):
+        torchrun("fid.py", "five", "--save-stats", f"{n}.npz", "--inception", "random", "--device", "cpu", "--batch", 2, processes=n)
+    one, two = np.load("1.npz"), np.load("2.npz")
+    assert one["n"] == two["n"] == 5
+    for key in ("mu", "sigma", "mu_s", "sigma_s"):
+        np.testing.assert_allclose(one[key], two[key], rtol=1e-3, atol=1e-5 * abs(one[key]).max())
+    assert json.loads(Path("2.npz.fid.json").read_text())["processes"] == 2
 
 
 def test_folder_and_npz_give_the_same_pixels_as_rgb_at_any_size(score):
