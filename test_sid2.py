@@ -3,7 +3,7 @@
     python -m pytest
 
 SID2_IMAGES=FOLDER lets one test use real images; without it that one skips and says so.
-SID2_LONG=1 makes the tests of section 9 long: 60 kills, 12,000 damaged files (about an hour).
+SID2_RUN=runs/shapes judges the samples of such a run, SID2_LONG=1 makes section 9 long: 60 kills, 12,000 damaged files.
 """
 
 import ast
@@ -1169,6 +1169,41 @@ def test_the_benchmark_counts_what_it_says(monkeypatch):
 @pytest.mark.skipif("SID2_IMAGES" not in os.environ, reason="SID2_IMAGES names no folder of real images")
 def test_real_images_train(tmp_path):
     fit(tmp_path / "run", "--data", os.environ["SID2_IMAGES"], "--cache", tmp_path / "cache", image_size=32)
+
+
+def recogniser():
+    """A small network that has learned the six shapes from 20,000 drawings of another seed."""
+    conv = lambda a, b: [torch.nn.Conv2d(a, b, 3, padding=1), torch.nn.ReLU()]
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*conv(3, 32), torch.nn.MaxPool2d(2), *conv(32, 64), torch.nn.MaxPool2d(2), *conv(64, 64),
+                              torch.nn.Flatten(), torch.nn.Linear(64 * 16, 128), torch.nn.ReLU(), torch.nn.Linear(128, 6))
+    images, labels = map(torch.from_numpy, train.Shapes(16, seed=99).batch(np.arange(20_000)))
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for part in torch.arange(20_000).repeat(4).split(100):
+        x = images[part].permute(0, 3, 1, 2) / 127.5 - 1
+        x = x + 0.1 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), labels[part]).backward()
+        optimizer.step()
+    return lambda images: net(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).argmax(1).numpy()
+
+
+@pytest.mark.skipif("SID2_RUN" not in os.environ, reason="SID2_RUN names no run of the preset shapes")
+def test_samples_of_shapes_are_recognised():
+    """At least 95 % of 400 guided samples show their class; an untrained network and wrong labels show the judge can say no."""
+    judge, state = recogniser(), sample.load_checkpoint(os.environ["SID2_RUN"])
+    drawn, labels = train.Shapes(16, seed=7).batch(np.arange(1000))
+    seeds, scores = list(range(400)), {"drawings": (judge(drawn) == labels).mean()}
+    y, net = np.array(sample.choose_labels(seeds, list(range(6)), 6)), sid2.UViT(state["config"]).eval()
+    for name, weights, guidance in (("untrained", net.state_dict(), 2.0), ("unguided", state["ema"], 1.0), ("guided", state["ema"], None)):
+        net.load_state_dict(weights)
+        config = replace(state["config"], guidance=guidance or state["config"].guidance)
+        seen = judge(sample.sample_images(net, config, seeds, y.tolist(), torch.device("cpu"), disable=True))
+        scores[name] = (seen == y).mean()
+    scores["wrong label"] = (seen == (y + 1) % 6).mean()
+    print({name: f"{score:.1%}" for name, score in scores.items()})
+    assert scores["drawings"] >= 0.99 and scores["guided"] >= 0.95
+    assert scores["untrained"] < 0.4 and scores["wrong label"] < 0.05 and scores["unguided"] <= scores["guided"]
 
 
 # ---------------------------------------------------------------------------------------------------
