@@ -21,7 +21,6 @@ Sources: [TTUR] FID, arXiv 1706.08500; [IS] 1606.03498; [ADM] the evaluator of 2
 
 import hashlib
 import json
-import sys
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -37,9 +36,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sid2
-from sample import (Parser, autocast, choose_precision, fail, guarded, leave, load_checkpoint,
-                    open_npz_images, replacing, sample_images, setup)
-from train import ImageError, centre_crop, open_data
+from sample import (ImageError, Parser, autocast, choose_precision, fail, guarded, leave,
+                    load_checkpoint, open_npz_images, replacing, sample_images, setup, write_json)
+from train import centre_crop, open_data
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network: Google's Inception of 2015-12-05. (!) marks where torchvision's differs
@@ -240,7 +239,8 @@ class Source:
 
 
 def open_folder(path: Path, crop: int | None) -> Source:
-    """All images in it and its sub-folders, as RGB; crop: ADM's, None for as they are."""
+    """All images in it and its sub-folders, as pytorch-fid reads them: converted to RGB, not turned
+    by EXIF; crop: ADM's, None for as they are."""
     known = PIL.Image.registered_extensions()
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
     if not files:
@@ -399,8 +399,7 @@ def compare(fake: dict, real: dict, args) -> dict[str, float]:
 
 def evaluate(args):
     rank, world, device = setup(args.device)
-    torch.set_float32_matmul_precision("highest")  # no TF32, no bfloat16 in matrix products ...
-    torch.backends.cudnn.allow_tf32 = False  # ... nor in convolutions, where it is torch's default
+    torch.set_float32_matmul_precision("highest")  # no TF32, nor in convolutions: see setup()
 
     # what is scored against what
     references, config = [open_source(name, args.crop) for name in args.references], None
@@ -442,7 +441,8 @@ def evaluate(args):
         if not file.parent.is_dir():
             fail(f"cannot write {file}: there is no folder {file.parent}")
     if need and rank == 0:
-        print(f"holding {4096 * len(chosen) / 1e6:.1f} MB of features in float16")
+        print(f"holding {4096 * len(chosen) / 1e6:.1f} MB of features in float16, and up to 41 MB "
+              "for each reference")
 
     done = []
     for source in [samples, *references]:
@@ -481,8 +481,7 @@ def evaluate(args):
     if args.save_stats:
         with replacing(files[-1]) as temporary, open(temporary, "wb") as file:
             np.savez(file, **{k: np.asarray(done[0][k]) for k in SHAPES})
-    with replacing(out) as temporary:
-        temporary.write_text(json.dumps(report, indent=1))
+    write_json(out, report)
 
     print(f"{samples.name}: {done[0].get('n', '?')} images")
     for name, values in results.items():
@@ -512,11 +511,7 @@ def main():
             fail(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
     if bool(args.save_stats) == bool(args.references or args.data):
         fail("give SAMPLES REFERENCE, or RUN --data DATA, or DATA --save-stats OUT.npz")
-    try:
-        evaluate(args)
-    except ImageError as error:  # where fail() may be mute: in a process of rank above 0
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2)
+    evaluate(args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python sample.py runs/cifar10 --count 50000 --classes random --format npz
     torchrun --nproc_per_node=8 sample.py RUN ...              the same images, the seeds shared out
 
-Image i depends on its seed alone. A run that was cut off goes on when the command is given again.
+Image i depends on its seed and class alone. A run that was cut off goes on when the command is
+given again.
 """
 
 import argparse
@@ -37,8 +38,13 @@ import sid2
 # 1. What the scripts share: errors, devices, configurations, checkpoints
 
 
+class ImageError(ValueError):
+    """An unreadable image, named in the message."""
+
+
 def fail(message: str, everywhere: bool = False, code: int = 2):
-    """Bad input ends here: one line, exit code 2. Where all processes see it, the first speaks."""
+    """Bad input ends here: one line, exit code 2. Where all processes fail alike the first speaks;
+    `everywhere`: whichever fails."""
     if everywhere or os.environ.get("RANK", "0") == "0":
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(code)
@@ -54,13 +60,15 @@ def guarded(main):
             main()
         except KeyboardInterrupt:
             fail("interrupted: what was written before is whole", code=130)
+        except ImageError as error:  # from a loader process, at the end of a traceback
+            fail(str(error).split("ImageError: ")[-1], everywhere=True)
         except OSError as error:  # no space, no permission, a disk that went away
             fail(f"cannot read or write: {error}", everywhere=True)
         except (RuntimeError, MemoryError) as error:
             text = str(error)
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate mem" in text:
-                fail("out of memory: --batch, in train.py --micro-batch, takes fewer images at once",
-                     everywhere=True)
+            if isinstance(error, MemoryError) or "out of memory" in text or "t allocate" in text:
+                fail("out of memory: --batch, in train.py --micro-batch, takes fewer images at "
+                     "once", everywhere=True)
             if "DataLoader worker" in text:
                 reason = "a process that loads images was killed: out of memory?"
             elif isinstance(error, dist.DistError) or "gloo" in text:
@@ -98,6 +106,7 @@ def setup(name: str = "auto") -> tuple[int, int, torch.device]:
         fail(f"--device {name} cannot be used by process {local} of this machine: {reason}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means float32, in convolutions too
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         host_group()
@@ -222,9 +231,14 @@ def replacing(path: Path, previous: Path | None = None):
             os.close(folder)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        fail(f"cannot write {path} ({reason}): nothing there was changed", everywhere=True)
+        fail(f"cannot write {path} ({reason}): what was there is kept", everywhere=True)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
 
 
 def sweep(folder: Path, hours: float = 0):
@@ -332,7 +346,8 @@ def parse() -> argparse.Namespace:
     add("--out", help="what to write; default: beside the checkpoint, under a name that is free")
     add("--format", choices=["grid", "folder", "npz"], default="grid")
     number = parser.add_mutually_exclusive_group()
-    number.add_argument("--count", type=int, help="seeds 0 to COUNT - 1; default: 8 a class shown")
+    number.add_argument("--count", type=int, help="seeds 0 to COUNT - 1; default: 8 for each class "
+                        "of the default grid")
     number.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "LAST"), help="inclusive")
     add("--classes", nargs="+", help="names or numbers, taken in turn; all; random; default: "
         "for a grid up to ten spread over all, else all")
@@ -345,7 +360,7 @@ def parse() -> argparse.Namespace:
         help="guidance where LOW <= logsnr < HIGH; -99 99 is everywhere")
     add("--batch", type=int, default=64, help="images at once, per process; default: %(default)s")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    add("--compile", action="store_true", help="faster from a few hundred images on, on CUDA")
+    add("--compile", action="store_true", help="torch.compile: pays with many images")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     return parser.parse_args()
 
@@ -441,8 +456,7 @@ def main():
         fail(f"cannot write to {out}: {error}")
     if rank == 0:
         sweep(folder)
-        with replacing(json_of(folder)) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1))
+        write_json(json_of(folder), settings)
     agree()  # the others write after the sweep
 
     net = sid2.UViT(config).to(device).eval()
@@ -451,7 +465,7 @@ def main():
     except RuntimeError:
         fail(f"the weights in {checkpoint} do not fit its configuration: the file is damaged")
     if args.compile:
-        net.compile(dynamic=False)  # two shapes: with and without guidance
+        net.compile(dynamic=False)  # with and without guidance, and so for a last, smaller batch
     if rank == 0:
         print(f"{checkpoint}, step {state['step']}, {args.weights} weights, {len(seeds)} images, "
               f"{config.sampler} {config.sample_steps} steps, guidance {config.guidance} for "
@@ -470,8 +484,7 @@ def main():
                 Image.fromarray(image).save(temporary, "PNG")
     leave()  # the last image is there
     if rank == 0 and args.format != "folder":
-        with replacing(json_of(out)) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1))
+        write_json(json_of(out), settings)
         with replacing(out) as temporary:
             if args.format == "npz":
                 write_npz(temporary, files, labels)

@@ -1154,8 +1154,8 @@ def test_the_benchmark_counts_what_it_says(monkeypatch):
     code, printed, err = run(train, "--bench", "--device", "cpu", "--precision", "fp32", *flags_of())
     assert code == 0, err
     gmac = sid2.count(replace(TINY, num_classes=6))[1]
-    assert f"matmul 2048 x 1024 x 4096: {2 * 2048 * 1024 * 4096 / 1e12:.3g} TFLOP/s" in printed
-    rows = {line[:30].strip(): line[30:].split() for line in printed.splitlines()}
+    assert f"linear 2048 x 1024 x 4096: {2 * 2048 * 1024 * 4096 / 1e12:.3g} TFLOP/s" in printed
+    rows = {line[:32].strip(): line[32:].split() for line in printed.splitlines()}
     for name, passes, images in (("training step", 3, 8), ("forward and backward", 3, 8), ("forward", 1, 8),
                                  ("forward, guided", 1, 16), ("sampler, 4 guided steps", 1, 64)):
         tflops = passes * 2e-3 * gmac * images
@@ -1373,7 +1373,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(tm
     flags = ["--data", data, "--cache", tmp_path / "cache", "--device", "cpu", "--precision", "fp32", *flags_of(config)]
     whole, killed, rng, times, codes = tmp_path / "whole", tmp_path / "killed", random.Random(0), 0, []
     assert script("train.py", "--out", whole, *flags, processes=processes).wait() == 0
-    while times < (15 if LONG else 2):
+    while times < (15 if LONG else 1):
         process, begun = script("train.py", "--out", killed, *flags, processes=processes), time.time()
         log = killed / "log.csv"
         while process.poll() is None and not (log.exists() and log.stat().st_mtime > begun):
