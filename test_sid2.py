@@ -2,8 +2,11 @@
 
     python -m pytest
 
-SID2_IMAGES=FOLDER lets one test use real images; without it that one skips and says so.
-SID2_RUN=runs/shapes judges the samples of such a run, SID2_LONG=1 makes section 9 long: 90 kills, 12,000 damaged files.
+What needs more than this folder skips and says so:
+SID2_IMAGES=FOLDER        trains on real images
+SID2_RUN=runs/shapes      judges the samples of such a run
+SID2_INCEPTION=FILE       tests the published weights of Inception
+SID2_LONG=1               kills 90 runs and reads 12,000 damaged files, in 25 minutes
 """
 
 import ast
@@ -1730,6 +1733,19 @@ def test_inception_gives_the_features_it_gave_when_it_was_checked(passed):
     i = torch.arange(1, 2049, dtype=torch.float64)
     figures = [f.mean(), f @ i / 2048**2, s.mean(), s @ i[:2023] / 2048**2, log_p @ i[:1008] / 1e6]
     np.testing.assert_allclose(figures, CHECKED, rtol=1e-4)
+
+
+WEIGHTS = Path(os.environ.get("SID2_INCEPTION", ROOT.parent / "shared" / "weights" / Path(fid.URL).name))
+
+
+@pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no published weights: SID2_INCEPTION names {Path(fid.URL).name}")
+def test_published_weights_load_and_tell_drawings_from_noise():
+    net, digest = fid.load_inception(str(WEIGHTS))
+    drawings, noise = train.Shapes(64, 0).batch(np.arange(64))[0], np.random.default_rng(0).integers(0, 256, (32, 64, 64, 3), np.uint8)
+    with torch.inference_mode():
+        sets = [fid.measure(fid.Source("", len(x), x.__getitem__), np.arange(len(x)), net, CPU) for x in (drawings[:32], drawings[32:], noise)]
+    near, far = (fid.frechet(sets[0]["mu"], sets[0]["sigma"], other["mu"], other["sigma"]) for other in sets[1:])
+    assert digest == fid.SHA256 and 0 < near < far and 1 < sets[2]["IS"] < 1000
 
 
 CHANNELS = {"5b": 192, "5c": 256, "5d": 288, "6b": 768, "6c": 768, "6d": 768, "6e": 768, "7b": 1280,
