@@ -317,10 +317,7 @@ def open_run(args, device: torch.device) -> tuple[Source, Source, dict]:
     if config.num_classes and state["classes"] != list(data.classes):
         fail(f"--data {args.data} has other classes than {args.samples} was trained with")
     net = sid2.UViT(config).to(device).eval()
-    try:
-        net.load_state_dict(state["ema"])
-    except RuntimeError:
-        fail(f"the weights of {args.samples} do not fit its configuration: the file is damaged")
+    net.load_state_dict(state["ema"])
 
     def read(i: np.ndarray) -> np.ndarray:
         y = data.batch(i)[1] if config.num_classes else np.zeros_like(i)

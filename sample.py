@@ -197,6 +197,10 @@ def load_checkpoint(path: str | Path) -> dict:
                 raise ValueError("checksum")
             state = torch.load(file, map_location="cpu", weights_only=True)
             state["config"] = sid2.Config(**state["config"])
+            with torch.device("meta"):
+                shapes = {k: w.shape for k, w in sid2.UViT(state["config"]).state_dict().items()}
+            if any({k: w.shape for k, w in state[n].items()} != shapes for n in ("net", "ema")):
+                raise ValueError("weights of another network")
             if min(state["step"], *(state["window"][k] for k in ("steps", "bad", "skipped"))) < 0:
                 raise ValueError("a negative number")
             keys = "config net ema optimizer step random classes seconds window".split()
@@ -204,7 +208,8 @@ def load_checkpoint(path: str | Path) -> dict:
         except Exception as error:  # what torch.load raises has no narrower common type
             if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, 22):
                 raise  # it may be whole, but cannot be read; 22: a cut file
-            damage = f"{file} is truncated or no checkpoint of train.py ({type(error).__name__})"
+            reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+            damage = f"{file} is truncated or no checkpoint of train.py ({reason})"
         if file != files[-1] and os.environ.get("RANK", "0") == "0":
             print(f"warning: {damage}; taking {files[-1]}", file=sys.stderr)
     fail(damage)
@@ -460,10 +465,7 @@ def main():
     agree()  # the others write after the sweep
 
     net = sid2.UViT(config).to(device).eval()
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError:
-        fail(f"the weights in {checkpoint} do not fit its configuration: the file is damaged")
+    net.load_state_dict(weights)
     if args.compile:
         net.compile(dynamic=False)  # with and without guidance, and so for a last, smaller batch
     if rank == 0:

@@ -1041,6 +1041,9 @@ def damaged(tmp_path, finished, kind):
         torch.save({"model": torch.zeros(3)}, path)
     elif kind == "pickle":
         torch.save({"config": print}, path)
+    elif kind == "network":
+        state = torch.load(finished[0] / "checkpoint.pt", weights_only=True)
+        torch.save(state | {"config": state["config"] | {"width": 32}}, path)
     else:
         path.write_bytes(data[: len(data) // 2] if kind == "truncated" else b"")
     return path
@@ -1112,6 +1115,7 @@ BAD_SAMPLE = [
     (lambda p, f: [damaged(p, f, "truncated")], "truncated.pt is truncated or no checkpoint"),
     (lambda p, f: [damaged(p, f, "empty")], "empty.pt is truncated or no checkpoint"),
     (lambda p, f: [damaged(p, f, "foreign")], "foreign.pt is truncated or no checkpoint"),
+    (lambda p, f: [damaged(p, f, "network")], "network.pt is truncated or no checkpoint"),
     (lambda p, f: [damaged(p, f, "pickle")], "pickle.pt is truncated or no checkpoint"),
     (lambda p, f: [f[0], "--classes", "3"], "--classes 3: this run has classes 0 to 2: a, b, c"),
     (lambda p, f: [f[0], "--classes", "zebra"], "--classes zebra"),
@@ -2050,7 +2054,7 @@ def test_script_samples_a_run_and_scores_it(score, tmp_path):
         net = sid2.UViT(config).eval()
         for p in net.parameters():  # a fresh network gives 0 for every label
             torch.nn.init.normal_(p, 0, 0.3)
-        torch.save(dict(config=asdict(config), net={}, ema=net.state_dict(), optimizer={}, step=3,
+        torch.save(dict(config=asdict(config), net=net.state_dict(), ema=net.state_dict(), optimizer={}, step=3,
                         random={}, classes=classes, seconds=0.0, window=dict(loss=0.0, steps=0, bad=0, skipped=0)), "run/checkpoint.pt")
         args = types.SimpleNamespace(samples="run", data="shapes", num=5, batch=2, cache=tmp_path)
         fake, real, _ = fid.open_run(args, CPU)

@@ -558,12 +558,12 @@ def main():
         init_from(args.init_from, net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state["step"] > 0:
+        net.load_state_dict(state.pop("net"))
+        ema.load_state_dict(state.pop("ema"))
         try:
-            net.load_state_dict(state.pop("net"))
-            ema.load_state_dict(state.pop("ema"))
             optimizer.load_state_dict(state.pop("optimizer"))
         except (KeyError, RuntimeError, TypeError, ValueError):
-            fail(f"the weights in {state['file']} do not fit its configuration: it is damaged")
+            fail(f"the optimiser in {state['file']} is not that of its network")
     if agree(state["step"] > 0) and agree(state["step"] == 0):  # else one would start anew
         fail(f"not all processes see the checkpoint in {out}: it must be on a shared disk")
     net.checkpointing = levels
