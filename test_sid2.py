@@ -1370,6 +1370,10 @@ def workers_of(path):
     return pids
 
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds its victims in /proc")
+
+
+@needs_proc
 @pytest.mark.parametrize("number, kind, processes", [(signal.SIGKILL, "shapes", 1), (signal.SIGTERM, "shapes", 1)] + LONG * [
     (signal.SIGKILL, "folder", 1), (signal.SIGTERM, "folder", 1), (signal.SIGKILL, "folder", 2), (signal.SIGTERM, "shapes", 2)])
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(tmp_path, folder, number, kind, processes):
@@ -1378,7 +1382,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(tm
     data = folder if kind == "folder" else "shapes"
     config = replace(TINY, dropout=0.2, steps=steps, log_every=3, sample_every=5, save_every=1, micro_batch=4)
     flags = ["--data", data, "--cache", tmp_path / "cache", "--device", "cpu", "--precision", "fp32", *flags_of(config)]
-    whole, killed, rng, times, codes = tmp_path / "whole", tmp_path / "killed", random.Random(0), 0, []
+    whole, killed, rng, times = tmp_path / "whole", tmp_path / "killed", random.Random(0), 0
     assert script("train.py", "--out", whole, *flags, processes=processes).wait() == 0
     while times < (15 if LONG else 1):
         process, begun = script("train.py", "--out", killed, *flags, processes=processes), time.time()
@@ -1389,19 +1393,20 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(tm
         for pid in workers_of(killed):  # torchrun gives each a session of its own
             os.kill(pid, number)
         err = process.communicate()[1]
-        codes.append(process.returncode)
         times += 1
         assert processes > 1 or "Traceback" not in err, err  # torchrun has one of its own
-        if (killed / "checkpoint.pt").exists() and sample.load_checkpoint(killed)["step"] == steps:
-            shutil.move(killed, tmp_path / f"finished{times}")  # too late: once more
+        late = (killed / "checkpoint.pt").exists() and sample.load_checkpoint(killed)["step"] == steps
+        if processes == 1:  # torchrun has a code of its own; a late signal meets Python on its way out
+            assert process.returncode == (0 if number == signal.SIGTERM else -9) or late and process.returncode in (0, -number)
+        if late:
+            shutil.move(killed, tmp_path / f"finished{times}")  # once more
     assert script("train.py", "--out", killed, *flags, processes=processes).wait() == 0
-    if processes == 1:
-        assert set(codes) <= {0, -9 if number == signal.SIGKILL else 0} and codes.count(0) <= times * (number == signal.SIGTERM) + 1
     assert equal_runs(whole, killed) and not list(killed.rglob(".*"))
     rows = [row[0] for row in log_of(killed)[1:]]
     assert rows == [str(n) for n in range(3, steps + 1, 3)]
 
 
+@needs_proc
 def test_a_process_that_dies_takes_the_others_with_it_and_one_goes_on_alone(tmp_path):
     """Within seconds, with a message; two processes began, one ends the run, on the same global batch."""
     flags = ["--data", "shapes", "--out", tmp_path / "run", "--device", "cpu", "--precision", "fp32"]
