@@ -77,6 +77,9 @@ def guarded(main):
                 raise
             fail(f"{reason} What was written before is whole, the same command goes on from there",
                  everywhere=True, code=1)
+        if "RANK" in os.environ:  # gloo's threads may abort while Python shuts down: it does not
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(0)
 
     return script
 
@@ -129,7 +132,7 @@ def agree(flag: bool = False) -> bool:
 
 
 def leave():
-    """All processes end together: torch's threads may abort where one exits amid a collective."""
+    """All processes end together."""
     agree()
     if dist.is_initialized():
         dist.destroy_process_group()
