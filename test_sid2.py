@@ -6,7 +6,7 @@ What needs more than this folder skips and says so:
 SID2_IMAGES=FOLDER        trains on real images
 SID2_RUN=runs/shapes      judges the samples of such a run
 SID2_INCEPTION=FILE       tests the published weights of Inception
-SID2_LONG=1               kills 90 runs and reads 12,000 damaged files, in 25 minutes
+SID2_LONG=1               kills 90 runs and reads 12,000 damaged files: 9 minutes on two cores
 """
 
 import ast
