@@ -19,7 +19,6 @@ Sources: [TTUR] FID, arXiv 1706.08500; [IS] 1606.03498; [ADM] the evaluator of 2
 1904.06991; [KID] 1801.01401; [TF1] TensorFlow 1; [ours] our choice.
 """
 
-import hashlib
 import json
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -37,8 +36,9 @@ from tqdm import tqdm
 
 import sid2
 from sample import (ImageError, Parser, autocast, choose_precision, fail, guarded, leave,
-                    load_checkpoint, open_npz_images, replacing, sample_images, setup, write_json)
-from train import centre_crop, open_data
+                    load_checkpoint, open_npz_images, replacing, sample_images, setup, sha256,
+                    write_json)
+from train import SUFFIXES, centre_crop, find_images, open_data
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network: Google's Inception of 2015-12-05. (!) marks where torchvision's differs
@@ -128,11 +128,6 @@ class Inception(nn.Sequential):
                 s = h[:, :7].permute(0, 2, 3, 1).flatten(1)  # 7 of branch1x1, channels last [ADM]
         f = h.mean((2, 3))
         return f, s, F.log_softmax(f @ self.fc.weight.T, 1)  # (!) without the bias of fc [ADM]
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_inception(path: str | None) -> tuple[Inception, str]:
@@ -241,10 +236,9 @@ class Source:
 def open_folder(path: Path, crop: int | None) -> Source:
     """All images in it and its sub-folders, as pytorch-fid reads them: converted to RGB, not turned
     by EXIF; crop: ADM's, None for as they are."""
-    known = PIL.Image.registered_extensions()
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
+    files = find_images(path)
     if not files:
-        fail(f"no images in {path} and its sub-folders: looked for .png, .jpg, .webp and others")
+        fail(f"no images in {path} and its sub-folders: looked for {' '.join(SUFFIXES)}")
 
     def decode(number: int) -> np.ndarray:
         try:
@@ -410,7 +404,7 @@ def evaluate(args):
     for source in [samples, *references]:
         if need and not source.read:
             fail(f"{source.name} has statistics only: --precision-recall and --kid need images")
-        if not source.statistics and source.count < 4:
+        if (need or not source.statistics) and source.count < 4:
             fail(f"{source.name} has {source.count} images: third neighbours need 4 at least")
     if samples.statistics and (args.num or args.save_stats):
         fail(f"{samples.name} is a file of statistics: --num and --save-stats need images")

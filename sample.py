@@ -43,8 +43,8 @@ class ImageError(ValueError):
 
 
 def fail(message: str, everywhere: bool = False, code: int = 2):
-    """Bad input ends here: one line, exit code 2. Where all processes fail alike the first speaks;
-    `everywhere`: whichever fails."""
+    """Bad input ends here: one line, exit code 2. Where all processes fail alike the first speaks
+    for them; `everywhere`: whichever fails speaks."""
     if everywhere or os.environ.get("RANK", "0") == "0":
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(code)
@@ -85,7 +85,7 @@ def guarded(main):
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong flags end like every other bad input, and a flag is what its whole name says."""
+    """Wrong flags end like every other bad input, and a flag must be written in full."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -247,6 +247,11 @@ def replacing(path: Path, previous: Path | None = None):
 def write_json(path: Path, value):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sweep(folder: Path, hours: float = 0):

@@ -365,10 +365,10 @@ class UViT(nn.Module):
             h = low = self.place(down(high), level + 1)
             skips.append((high, low))
         h = self.run(len(skips), self.middle, h, c)
-        for level, (blocks, up) in reversed([*enumerate(zip(self.blocks_up, self.up))]):
-            high, low = skips.pop()
+        for level in reversed(range(len(skips))):
+            (high, low), up = skips.pop(), self.up[level]
             h = high + up(h - low)
-            h = self.run(level, blocks, h, c)
+            h = self.run(level, self.blocks_up[level], h, c)
         return h
 
     def forward(self, z: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ network sees (dropout draws anew for each).
 """
 
 import argparse
-import collections
 import contextlib
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -40,7 +40,7 @@ from tqdm import tqdm
 import sid2
 from sample import (ImageError, Parser, agree, autocast, choose_labels, choose_precision, fail,
                     grid, guarded, leave, load_checkpoint, make_config, open_npz_images, replacing,
-                    sample_images, setup, shown_classes, sweep, write_json)
+                    sample_images, setup, sha256, shown_classes, sweep, write_json)
 
 # --------------------------------------------------------------------------------------------------
 # 1. Data. `batch(numbers)` gives uint8 images (B, H, W, 3) and int64 labels (B,) for the numbers of
@@ -50,7 +50,7 @@ from sample import (ImageError, Parser, agree, autocast, choose_labels, choose_p
 class Shapes:
     """Six shapes in any place, size and colour, drawn on the fly from the seed and the number."""
 
-    name, counts, content = "shapes, drawn on the fly", None, "shapes"
+    name, counts, content, read = "shapes, drawn on the fly", None, "shapes", None
     shapes = {  # inside or not, at a to the right and b down from the centre, in radii
         "disc": lambda a, b: a**2 + b**2 < 1,
         "ring": lambda a, b: abs(a**2 + b**2 - 0.65) < 0.35,
@@ -225,10 +225,9 @@ def open_cifar10(size: int, seed: int, cache: Path, main: bool) -> Images:
             fail(f"could not download CIFAR-10 ({error}): fetch {CIFAR10} elsewhere and put it "
                  f"at {archive}", everywhere=True)
     agree()  # it is there
-    with open(archive, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != CIFAR10_SHA256:
-            fail(f"{archive} is not the official archive, its sha256 differs: remove it, the next "
-                 "run fetches it again")
+    if sha256(archive) != CIFAR10_SHA256:
+        fail(f"{archive} is not the official archive, its sha256 differs: remove it, the next run "
+             "fetches it again")
     with tarfile.open(archive) as tar:
         members = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
         raw = b"".join(tar.extractfile(member).read() for member in members)
@@ -283,11 +282,11 @@ SUFFIXES = ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".spl
 
 def find_images(top: Path) -> list[Path]:
     """Image files below `top`, sorted; links are followed, hidden files and folders are not."""
-    files, seen = [], set()
+    files = []
     for root, folders, names in os.walk(top, followlinks=True, onerror=fail):
-        real = os.path.realpath(root)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and real not in seen)
-        seen.add(real)  # a link to a folder above is followed once
+        above = {os.path.realpath(parent) for parent in Path(root).parents}
+        loop = os.path.realpath(root) in above  # a link to a folder above is followed once
+        folders[:] = [] if loop else [f for f in folders if not f.startswith(".")]
         files += [Path(root, n) for n in names if not n.startswith(".")]
     return sorted(p for p in files if p.suffix.lower() in SUFFIXES
                   and (p.is_file() or p.is_symlink() and not p.exists()))  # it leads nowhere
@@ -321,7 +320,8 @@ def decode_once(decode: Files, cached: Cache, workers: int, main: bool):
             if fits:
                 cached.write(images())
             else:
-                collections.deque(images(), maxlen=0)
+                for _ in images():
+                    pass
             write_json(report, bad)
     agree()
     return cached if cached.whole() else decode, reported()
@@ -373,7 +373,7 @@ def open_data(name: str, image_size: int, seed: int, cache: str | Path, workers:
     main = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        sweep(cache, hours=24)  # of a younger one its process may be alive
+        sweep(cache, hours=24)  # a younger one may still be being written
         if name == "cifar10":
             data = open_cifar10(image_size, seed, cache, main)
         elif path.is_dir():
@@ -388,16 +388,10 @@ def open_data(name: str, image_size: int, seed: int, cache: str | Path, workers:
     return data
 
 
-class Batches:
-    """Item n: this process's share of the images and labels of step n, as tensors."""
-
-    def __init__(self, data, batch: int, share: slice):
-        self.data, self.batch, self.share = data, batch, share
-
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers = step * self.batch + np.arange(self.batch)[self.share]
-        images, labels = self.data.batch(numbers)
-        return torch.from_numpy(images), torch.from_numpy(labels)
+def load(data, batch: int, share: slice, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """This process's share of the images and labels of a step."""
+    images, labels = data.batch(step * batch + np.arange(batch)[share])
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -618,10 +612,11 @@ def main():
         steps = steps[:0]
     share = slice(rank * local, (rank + 1) * local)  # of the whole batch
     place = torch.arange(config.batch)[share]
-    cheap = device.type != "cuda" and not isinstance(getattr(data, "read", None), Files)
-    batches = iter(DataLoader(Batches(data, config.batch, share), batch_size=None, sampler=steps,
+    cheap = device.type != "cuda" and not isinstance(data.read, Files)
+    batches = iter(DataLoader(steps, batch_size=None, worker_init_fn=deaf,
+                              collate_fn=functools.partial(load, data, config.batch, share),
                               num_workers=0 if cheap and args.workers is None else workers,
-                              pin_memory=device.type == "cuda", worker_init_fn=deaf))
+                              pin_memory=device.type == "cuda"))
     generator = torch.Generator(device)
     window, losses, norms = state["window"], [], []  # since the last row; since the host looked
     waited, since_step = 0.0, steps.start
