@@ -853,7 +853,7 @@ def bench(config: sid2.Config, batch: int, device: torch.device, precision: str,
     row("forward", forward, batch, 1)
     double = row("forward, guided", lambda: forward(True), 2 * batch, 1)
     whole = row("sampler, 4 guided steps", sampler, 8 * batch, 1)
-    print(f"sampler / its bare passes: {4 * double / whole:.3f}\n")
+    print(f"the sampler's speed / that of its passes: {4 * double / whole:.3f}\n")
 
     print("each level alone, forward and backward, eager")
     c = torch.randn(batch, config.width, device=device)
