@@ -1150,6 +1150,23 @@ def test_the_scripts_start_from_a_shell(tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "error: no checkpoint at nowhere" in result.stderr
 
 
+def test_the_readme_runs_as_it_stands():
+    """Its lines of Python; and its commands have flags that exist."""
+    readme = (ROOT / "README.md").read_text()
+    B, S, steps, num_classes, bias, seeds = 2, 8, 2, 3, 0.0, [0, 1]
+    names = vars(sid2) | dict(B=B, S=S, steps=steps, num_classes=num_classes, bias=bias, seeds=seeds, random=random,
+                              net=sid2.UViT(TINY).eval(), x=normal(B, 3, S, S), y=torch.tensor([0, 3]))
+    exec(re.search("```python\n(.*?)```", readme, re.S)[1], names)
+    assert names["loss"].isfinite() and names["x_hat"].shape == (B, 3, S, S)
+    flags = {name: set(re.findall(r"--[a-z][a-z-]+", run(globals()[name], "--help")[1])) for name in ("train", "sample", "fid")}
+    commands = re.findall(r"(train|sample|fid)\.py ([^#`]*?(?<!\\))(?:\n|#|`)", readme)
+    assert len(commands) > 15
+    for name, command in commands:
+        assert set(re.findall(r"--[a-z][a-z-]+", command)) <= flags[name], command
+    launcher = {"--nnodes", "--nproc", "--rdzv-backend", "--rdzv-endpoint", "--signal"}
+    assert set(re.findall(r"--[a-z][a-z-]+", readme)) <= launcher.union(*flags.values())
+
+
 def test_the_benchmark_counts_what_it_says(monkeypatch):
     """With a clock that says one second for everything: products, levels, three forward passes for a step."""
     monkeypatch.setattr(train.time, "perf_counter", itertools.count().__next__)
