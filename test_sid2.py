@@ -1154,7 +1154,7 @@ def test_the_readme_runs_as_it_stands():
     """Its lines of Python; and its commands have flags that exist."""
     readme = (ROOT / "README.md").read_text()
     B, S, steps, num_classes, bias, seeds = 2, 8, 2, 3, 0.0, [0, 1]
-    names = vars(sid2) | dict(B=B, S=S, steps=steps, num_classes=num_classes, bias=bias, seeds=seeds, random=random,
+    names = vars(sid2) | dict(B=B, S=S, steps=steps, num_classes=num_classes, bias=bias, seeds=seeds,
                               net=sid2.UViT(TINY).eval(), x=normal(B, 3, S, S), y=torch.tensor([0, 3]))
     exec(re.search("```python\n(.*?)```", readme, re.S)[1], names)
     assert names["loss"].isfinite() and names["x_hat"].shape == (B, 3, S, S)
