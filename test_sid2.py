@@ -32,6 +32,7 @@ import tokenize
 import types
 import warnings
 import zipfile
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fid
 import sample
@@ -321,6 +323,38 @@ def test_a_transformer_block_is_its_formula():
     attention = torch.einsum("bihd,bjhd->bhij", q, k).div(math.sqrt(8)).softmax(-1)
     r = torch.einsum("bhij,bjhd->bihd", attention, v).reshape(2, 3, 3, 16)
     torch.testing.assert_close(block(h, c), m + block.attention_out(r), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_divides_by_the_root_of_a_mean_in_float32():
+    """In bfloat16 nothing but the factor and the products are rounded: the mean of n ones of 1024 has all its digits."""
+    h = (torch.arange(1024) <= torch.arange(1024)[:, None]).float()
+    exact = h * torch.rsqrt(torch.arange(1, 1025) / 1024 + 1e-6)[:, None]
+    norm = sid2.RMSNorm(1024)
+    torch.testing.assert_close(norm(h), exact)
+    assert torch.equal(norm(h.bfloat16()), exact.bfloat16())
+    norm.gain.data = torch.rand(1024)
+    torch.testing.assert_close(norm(h), exact * norm.gain)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.counts[operation.overloadpacket] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_features_are_copied_only_where_they_are_doubled():
+    """Channels last, convolutions, tokens and heads are views of each other; `up` repeats rows, then columns."""
+    net, c = shaken(replace(TINY, channels=(8, 16, 16), blocks="RTT")), normal(2, 16)
+    with Operations() as run:
+        net.trunk(normal(2, 8, 8, 8), c)
+    assert run.counts[torch.ops.aten.clone] == 2 * 2
+    assert run.counts[torch.ops.aten._to_copy] == run.counts[torch.ops.aten.copy_] == 0
 
 
 def test_attention_goes_through_torchs_kernel(monkeypatch):
@@ -823,6 +857,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert not [p for p in (tmp_path / "run").rglob(".*")]
 
 
+def test_training_waits_for_the_device_in_steps_that_log_alone(tmp_path):
+    """No step asks for the value of a tensor: not of the loss, nor whether the gradient is finite."""
+    with Operations() as operations:
+        fit(tmp_path / "run", log_every=99, sample_every=99, save_every=99)
+    assert operations.counts[torch.ops.aten._fused_adam_] == operations.counts[torch.ops.aten._foreach_lerp_] == TINY.steps
+    assert operations.counts[torch.ops.aten._local_scalar_dense] <= 1  # the DataLoader's seed
+
+
 def test_another_seed_is_another_run(tmp_path):
     a, b = (fit(tmp_path / str(seed), "--seed", seed, "--data", "shapes", steps=1)[0] for seed in (1, 2))
     assert not same(a["net"], b["net"])
@@ -905,7 +947,15 @@ def test_the_crop_keeps_the_middle_and_its_proportions():
     checks = np.indices((64, 64)).sum(0) % 2 * 255  # a box average of a chessboard is grey
     flat = np.asarray(train.centre_crop(Image.fromarray(checks.astype(np.uint8)).convert("RGB"), 32))
     assert abs(flat.astype(int) - 127).max() <= 1
-    assert train.centre_crop(Image.new("RGB", (5, 3)), 16).size == (16, 16)
+    for fast in (False, True):
+        assert train.centre_crop(Image.new("RGB", (5, 3)), 16, fast).size == (16, 16)
+
+
+@pytest.mark.parametrize("size", [16, 40, 100])
+def test_the_fast_crop_is_the_other_but_for_a_level_here_and_there(size):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)).resize((83, 61))
+    exact, fast = (np.asarray(train.centre_crop(photo, size, fast)).astype(int) for fast in (False, True))
+    assert 0 < abs(fast - exact).max() <= 2 and (fast != exact).mean() < 0.01
 
 
 def test_the_cache_holds_what_decoding_gives(tmp_path, folder):
@@ -1183,6 +1233,21 @@ def test_the_benchmark_counts_what_it_says(monkeypatch):
     shares = [int(re.search(r"(\d+)% of GMAC", name).group(1)) for name in rows if "of GMAC" in name]
     assert len(shares) == 2 and 85 < sum(shares) <= 100
     assert any(name.startswith("2 R at 8² x 8") for name in rows) and any(name.startswith("1 T at 4² x 16") for name in rows)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_memory_of_an_image_is_what_autograd_keeps(precision):
+    """Distinct storages of the saved tensors of a real network, by the images that a larger batch has more."""
+    kept, net = {}, sid2.UViT(TINY)
+    for batch in (2, 5):
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda w: storages.update({w.untyped_storage().data_ptr(): w.untyped_storage()}) or w, lambda w: w), \
+                torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            v = net(normal(batch, 3, 8, 8), torch.zeros(batch), torch.zeros(batch).long())
+        kept[batch] = sum(storage.nbytes() for storage in storages.values())
+    assert train.kept(TINY, [], precision) == (kept[5] - kept[2]) / 3 / 1e6
+    assert train.kept(TINY, [0, 1], precision) < train.kept(TINY, [0], precision) < train.kept(TINY, [], precision)
 
 
 @pytest.mark.skipif("SID2_IMAGES" not in os.environ, reason="SID2_IMAGES names no folder of real images")
