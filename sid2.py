@@ -198,7 +198,7 @@ class RMSNorm(nn.Module):
     """h / rms(h) * gain over the last dimension: mean in float32, products in the type of h.
 
     The paper's kind of norm is not known; this one [ours] works per pixel and has no groups. A
-    float32 copy of h would add a third to what training in bfloat16 must keep.
+    float32 copy of h would halve the rounding in bfloat16, and add a third to what training keeps.
     """
 
     def __init__(self, channels: int):

@@ -334,6 +334,7 @@ def test_a_norm_divides_by_the_root_of_a_mean_in_float32():
     assert torch.equal(norm(h.bfloat16()), exact.bfloat16())
     norm.gain.data = torch.rand(1024)
     torch.testing.assert_close(norm(h), exact * norm.gain)
+    torch.testing.assert_close(norm(h.bfloat16()), (exact * norm.gain).bfloat16(), rtol=2**-6, atol=0)  # and its type
 
 
 class Operations(TorchDispatchMode):
@@ -1246,8 +1247,8 @@ def test_the_memory_of_an_image_is_what_autograd_keeps(precision):
                 torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             v = net(normal(batch, 3, 8, 8), torch.zeros(batch), torch.zeros(batch).long())
         kept[batch] = sum(storage.nbytes() for storage in storages.values())
-    assert train.kept(TINY, [], precision) == (kept[5] - kept[2]) / 3 / 1e6
-    assert train.kept(TINY, [0, 1], precision) < train.kept(TINY, [0], precision) < train.kept(TINY, [], precision)
+    assert train.activation_memory(TINY, [], precision) == (kept[5] - kept[2]) / 3 / 1e6
+    assert train.activation_memory(TINY, [0, 1], precision) < train.activation_memory(TINY, [0], precision) < train.activation_memory(TINY, [], precision)
 
 
 @pytest.mark.skipif("SID2_IMAGES" not in os.environ, reason="SID2_IMAGES names no folder of real images")
