@@ -2,7 +2,6 @@
 
     python fid.py DATA --save-stats ref.npz --crop 256     statistics of a reference, once
     python fid.py SAMPLES ref.npz [REFERENCE ...]          a folder or npz, against each reference
-    python fid.py RUN --data DATA --num 10000              a run of train.py, no files in between
 
 `torchrun --nproc_per_node=8 -- fid.py ...` gives the same numbers: each image counts once. (The
 `--` keeps torchrun from reading `--num` as its own.)
@@ -19,26 +18,25 @@ Sources: [TTUR] FID, arXiv 1706.08500; [IS] 1606.03498; [ADM] the evaluator of 2
 1904.06991; [KID] 1801.01401; [TF1] TensorFlow 1; [ours] our choice.
 """
 
+import argparse
+import hashlib
 import json
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
-import PIL.Image
+import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import sid2
-from sample import (ImageError, Parser, autocast, choose_precision, fail, guarded, leave,
-                    load_checkpoint, open_npz_images, replacing, sample_images, setup, sha256,
-                    write_json)
-from train import SUFFIXES, centre_crop, find_images, open_data
+from train import (ImageError, InputError, Parser, centre_crop, guarded, leave, open_folder,
+                   open_npz, replacing, setup, write_json)
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network: Google's Inception of 2015-12-05. (!) marks where torchvision's differs
@@ -130,6 +128,11 @@ class Inception(nn.Sequential):
         return f, s, F.log_softmax(f @ self.fc.weight.T, 1)  # (!) without the bias of fc [ADM]
 
 
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load_inception(path: str | None) -> tuple[Inception, str]:
     """The network, and the sha256 of its weights; path: a file, `random`, or None: downloads."""
     net = Inception().eval()
@@ -146,8 +149,8 @@ def load_inception(path: str | None) -> tuple[Inception, str]:
         if sha256(path) != SHA256:
             raise ValueError("its sha256 is another")
     except Exception as error:  # of file, urllib, ssl, http or torch
-        fail(f"no weights of Inception at {path or URL} ({error}): fetch {URL} (95,628,359 bytes, "
-             f"sha256 {SHA256}) and give --inception PATH")
+        raise InputError(f"no weights of Inception at {path or URL} ({error}): fetch {URL} "
+                         f"(95,628,359 bytes, sha256 {SHA256}) and give --inception PATH")
     state = torch.load(path, map_location="cpu", weights_only=True)
     net.load_state_dict(dict(state))  # a plain dict may lack num_batches_tracked, as the file does
     return net, SHA256
@@ -162,9 +165,9 @@ def resize(x: Tensor, size: int = 299) -> Tensor:
     for dim in (3, 2):
         n = x.shape[dim]
         place = torch.arange(size, device=x.device) * (n / size)
-        low = place.long()
-        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
-        x = torch.lerp(a, b, (place - low).view(-1, *[1] * (3 - dim)))
+        left = place.long()
+        a, b = x.index_select(dim, left), x.index_select(dim, (left + 1).clamp(max=n - 1))
+        x = torch.lerp(a, b, (place - left).view(-1, *[1] * (3 - dim)))
     return x
 
 
@@ -233,93 +236,64 @@ class Source:
     note: str = ""
 
 
-def open_folder(path: Path, crop: int | None) -> Source:
-    """All images in it and its sub-folders, as pytorch-fid reads them: converted to RGB, not turned
-    by EXIF; crop: ADM's, None for as they are."""
-    files = find_images(path)
-    if not files:
-        fail(f"no images in {path} and its sub-folders: looked for {' '.join(SUFFIXES)}")
+def images_of(path: Path, crop: int | None) -> Source:
+    """All images in a folder and its sub-folders, as pytorch-fid reads them: converted to RGB, not
+    turned by EXIF; crop: ADM's, None for as they are."""
 
-    def decode(number: int) -> np.ndarray:
-        try:
-            with PIL.Image.open(files[number]) as image:
-                image = image.convert("RGB")
-                return np.asarray(centre_crop(image, crop) if crop else image)
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise ImageError(f"{files[number]} is no readable image ({error}): repair or remove it")
+    def convert(image: PIL.Image.Image) -> PIL.Image.Image:
+        image = image.convert("RGB")
+        return centre_crop(image, crop) if crop else image
 
-    pool, jpeg = ThreadPoolExecutor(), sum(p.suffix.lower() in (".jpg", ".jpeg") for p in files)
+    data, pool = open_folder(path, convert, labelled=False), ThreadPoolExecutor()
+    jpeg = sum(file.suffix.lower() in (".jpg", ".jpeg") for file in data.files)
     note = f"{jpeg} images of {path} are JPEG files: compression alone moves FID" if jpeg else ""
-    return Source(str(path), len(files), lambda numbers: list(pool.map(decode, numbers)), note=note)
+
+    def read(numbers: np.ndarray) -> list[np.ndarray]:
+        return [image for image, _ in pool.map(data.read, numbers.tolist())]
+
+    return Source(str(path), len(data.files), read, note=note)
 
 
 SHAPES = dict(mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023), n=())
 
 
-def open_npz(path: Path) -> Source:
-    """Statistics as in SHAPES, of pytorch-fid, EDM, JiT, ADM or --save-stats; images uint8 arr_0
-    (N, H, W, 3), read from the zip file one by one, as 50,000 of 256 px are 9.8 GB."""
-    source = Source(str(path))
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        if not {"arr_0", "mu"} & {*arrays} or ("mu" in arrays) != ("sigma" in arrays):
-            raise ValueError(f"it holds {', '.join(arrays)}; wanted: arr_0, or mu and sigma")
-        for key in (key for key in SHAPES if "mu" in arrays and key in arrays):
-            value = torch.from_numpy(arrays[key]).double()
-            if value.shape != SHAPES[key] or not value.isfinite().all():
-                raise ValueError(f"{key} is {tuple(value.shape)}; wanted: {SHAPES[key]}, finite")
-            source.statistics[key] = value if value.ndim else int(value)
-        if "arr_0" in arrays:
-            member, shape = open_npz_images(path)
-            start, size = member.tell(), int(np.prod(shape[1:]))
-            source.count, source.read = shape[0], lambda numbers: [image(int(i)) for i in numbers]
-        if "arr_1" in arrays and np.ptp(arrays["arr_1"]) and (np.diff(arrays["arr_1"]) >= 0).all():
-            source.note = f"{path} is sorted by class: IS draws its splits, ADM's does not"
-    except Exception as error:  # zip, zlib, header and type errors share no base
-        fail(f"{path} is no npz to score with ({error})")
-
-    def image(i: int) -> np.ndarray:
-        try:
-            member.seek(start + i * size)
-            return np.frombuffer(member.read(size), np.uint8).reshape(shape[1:])
-        except Exception as error:
-            raise ImageError(f"{path}: image {i} is not readable ({error}): make the file again")
-
-    return source
+def statistics_of(path: Path, arrays: dict) -> dict:
+    """Statistics as in SHAPES, of pytorch-fid, EDM, JiT, ADM or --save-stats."""
+    out = {}
+    for key in SHAPES.keys() & arrays.keys():
+        if arrays[key].dtype.kind not in "fiu":
+            raise InputError(f"{path}: {key} is {arrays[key].dtype}; wanted: numbers")
+        value = torch.from_numpy(np.asarray(arrays[key], np.float64))
+        if value.shape != SHAPES[key] or not value.isfinite().all():
+            raise InputError(f"{path}: {key} is {tuple(value.shape)}; wanted: {SHAPES[key]}, "
+                             "finite")
+        out[key] = value if value.ndim else int(value)
+    return out
 
 
 def open_source(name: str, crop: int | None = None) -> Source:
+    """A folder of images, or an npz of images (arr_0), of statistics, or of both."""
     path = Path(name)
     if not path.exists():
-        fail(f"{path} does not exist: give a folder or an npz of images, or an npz of statistics")
-    if (path / "checkpoint.pt").exists() or (path / "previous.pt").exists():  # it has grids only
-        fail(f"{path} is a run of train.py: --data DATA says what its samples are scored against")
-    return open_folder(path, crop) if path.is_dir() else open_npz(path)
-
-
-def open_run(args, device: torch.device) -> tuple[Source, Source, dict]:
-    """A run's EMA samples of seeds 0, 1, ..., made when they are read; its data; its settings.
-
-    Sample i has the label of image i of the data in random order: labels are drawn as in the data.
-    """
-    state, num = load_checkpoint(args.samples), args.num or 10_000
-    config = state["config"]
-    settings = asdict(config) | dict(
-        step=state["step"], checkpoint=str(state["file"]),
-        precision=choose_precision(device, "auto"))
-    data = open_data(args.data, config.image_size, 0, args.cache, skip_bad=True)
-    if config.num_classes and state["classes"] != list(data.classes):
-        fail(f"--data {args.data} has other classes than {args.samples} was trained with")
-    net = sid2.UViT(config).to(device).eval()
-    net.load_state_dict(state["ema"])
-
-    def read(i: np.ndarray) -> np.ndarray:
-        y = data.batch(i)[1] if config.num_classes else np.zeros_like(i)
-        with autocast(device, settings["precision"]):
-            return sample_images(net, config, i.tolist(), y, device, args.batch, disable=True)
-
-    real = Source(data.name, sum(data.counts or [10_000]), lambda i: data.batch(i)[0])
-    return Source(f"{args.samples}, step {state['step']}", num, read), real, settings
+        raise InputError(f"{path} does not exist: give a folder or an npz of images, or an npz of "
+                         "statistics")
+    if (path / "checkpoint.pt").exists():
+        raise InputError(f"{path} is a run of train.py: `python sample.py {path} --format npz` "
+                         "makes samples to score")
+    if path.is_dir():
+        return images_of(path, crop)
+    arrays = open_npz(path)
+    if not {"arr_0", "mu"} & arrays.keys() or ("mu" in arrays) != ("sigma" in arrays):
+        raise InputError(f"{path} holds {', '.join(arrays)}; wanted: arr_0, or mu and sigma")
+    source = Source(str(path))
+    if "mu" in arrays:
+        source.statistics = statistics_of(path, arrays)
+    if "arr_0" in arrays:
+        source.count, source.read = arrays["arr_0"].shape[0], arrays["arr_0"].__getitem__
+    labels = arrays.get("arr_1", np.zeros(1))
+    if labels.dtype.kind in "iu" and np.ptp(labels) and (np.diff(labels) >= 0).all():
+        source.note = f"{path} is sorted by class: IS draws its splits, ADM's does not"
+    return source
 
 
 @torch.inference_mode()
@@ -385,55 +359,31 @@ def compare(fake: dict, real: dict, args) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Command line
+# 4. The script
 
 
-def evaluate(args):
+def main():
+    args = parse()
     rank, world, device = setup(args.device)
     torch.set_float32_matmul_precision("highest")  # no TF32, nor in convolutions: see setup()
+    torch.backends.cudnn.benchmark = False
 
     # what is scored against what
-    references, config = [open_source(name, args.crop) for name in args.references], None
-    beside, need = Path(args.save_stats or args.samples), args.precision_recall or args.kid
-    if args.data:
-        samples, real, config = open_run(args, device)
-        references = references or [real]
-        beside = (beside if beside.is_dir() else beside.parent) / f"step-{config['step']}"
-    else:
-        samples = open_source(args.samples, args.crop)
-    for source in [samples, *references]:
-        if need and not source.read:
-            fail(f"{source.name} has statistics only: --precision-recall and --kid need images")
-        if (need or not source.statistics) and source.count < 4:
-            fail(f"{source.name} has {source.count} images: third neighbours need 4 at least")
-    if samples.statistics and (args.num or args.save_stats):
-        fail(f"{samples.name} is a file of statistics: --num and --save-stats need images")
-    if args.num and args.num > samples.count:
-        fail(f"--num {args.num}: {samples.name} has {samples.count} images")
+    samples = open_source(args.samples, args.crop)
+    references = [open_source(name, args.crop) for name in args.references]
+    need = args.precision_recall or args.kid
+    check_sources(args, samples, references, need)
     chosen = np.sort(np.random.default_rng(0).permutation(samples.count)[: args.num])
 
-    # where the result goes: it replaces one of the same settings only
+    # where the result goes
     net, weights = load_inception(args.inception)
     net = net.to(device, memory_format=torch.channels_last)
-    settings = vars(args) | dict(weights=weights, config=config)
-    for free in "out", "batch", "cache", "device", "inception":
+    settings = vars(args) | dict(weights=weights)
+    for free in "out", "batch", "device", "inception":
         del settings[free]
     settings = json.loads(json.dumps(settings))  # as they will be read back
-    out = Path(args.out or f"{beside}.fid.json")
-    files = [out, *map(Path, [args.save_stats] if args.save_stats else [])]
-    try:
-        before = dict(json.loads(out.read_text())["settings"])
-    except (OSError, ValueError, LookupError, TypeError):
-        before = {}
-    for file in files:
-        if file.exists() and before != settings:
-            changed = ", ".join(k for k in settings if before.get(k, ()) != settings[k])
-            fail(f"{file} exists with other settings ({changed}): give another name")
-        if not file.parent.is_dir():
-            fail(f"cannot write {file}: there is no folder {file.parent}")
-    if need and rank == 0:
-        print(f"holding {4096 * len(chosen) / 1e6:.1f} MB of features in float16, and up to 41 MB "
-              "for each reference")
+    out = Path(args.out or f"{Path(args.save_stats or args.samples)}.fid.json")
+    check_outputs([out, *map(Path, [args.save_stats] if args.save_stats else [])], out, settings)
 
     done = []
     for source in [samples, *references]:
@@ -447,11 +397,71 @@ def evaluate(args):
             statistics = statistics | measured
         done.append(statistics)
     leave()
-    if rank > 0:
-        return
-    prefix = "random-" * (weights == "random")  # never to be mistaken for FID
-    results = {source.name: {prefix + k: v for k, v in compare(done[0], real, args).items()}
-               for source, real in zip(references, done[1:])}
+    if rank == 0:
+        report(args, samples, references, done, settings, out, dict(device=str(device),
+               processes=world, batch=args.batch))
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("samples", help="folder or npz")
+    add("references", nargs="*", help="folders or npz")
+    add("--save-stats", metavar="OUT.npz", help="write statistics of SAMPLES")
+    add("--precision-recall", action="store_true", help="holds 4 KB per sample")
+    add("--kid", action="store_true", help="holds 4 KB per sample")
+    add("--num", type=int, help="so many samples, a fixed choice; default: all")
+    add("--crop", type=int, help="ADM's centre crop of all folders, in pixels")
+    add("--inception", metavar="PATH", help="default: downloaded once; or `random`")
+    add("--out", metavar="OUT.json", help="default: beside SAMPLES")
+    add("--batch", type=int, default=50, help="images at once, per process")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    args = parser.parse_args()
+    for flag, least in dict(num=4, crop=1, batch=1).items():  # third neighbours need 4 images
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise InputError(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
+    if bool(args.save_stats) == bool(args.references):
+        raise InputError("give SAMPLES REFERENCE, or DATA --save-stats OUT.npz")
+    return args
+
+
+def check_sources(args: argparse.Namespace, samples: Source, references: list, need: bool):
+    for source in [samples, *references]:
+        if need and not source.read:
+            raise InputError(f"{source.name} has statistics only: --precision-recall and --kid "
+                             "need images")
+        if (need or not source.statistics) and source.count < 4:
+            raise InputError(f"{source.name} has {source.count} images: third neighbours need 4 at "
+                             "least")
+    if samples.statistics and (args.num or args.save_stats):
+        raise InputError(f"{samples.name} is a file of statistics: --num and --save-stats need "
+                         "images")
+    if args.num and args.num > samples.count:
+        raise InputError(f"--num {args.num}: {samples.name} has {samples.count} images")
+
+
+def check_outputs(files: list[Path], out: Path, settings: dict):
+    """A result replaces one of the same settings only."""
+    try:
+        before = dict(json.loads(out.read_text())["settings"])
+    except (OSError, ValueError, LookupError, TypeError):
+        before = {}
+    for file in files:
+        if file.exists() and before != settings:
+            changed = ", ".join(key for key in settings if before.get(key, ()) != settings[key])
+            raise InputError(f"{file} exists with other settings ({changed}): give another name")
+        if not file.parent.is_dir():
+            raise InputError(f"cannot write {file}: there is no folder {file.parent}")
+
+
+def report(args: argparse.Namespace, samples: Source, references: list, done: list[dict],
+           settings: dict, out: Path, machine: dict):
+    """Prints the metrics, and writes them with all that made them."""
+    prefix = "random-" if settings["weights"] == "random" else ""  # never to be mistaken for FID
+    results = {}
+    for source, real in zip(references, done[1:]):
+        values = compare(done[0], real, args)
+        results[source.name] = {prefix + name: value for name, value in values.items()}
 
     # what a reader of the numbers must know
     notes = [samples.note] if samples.note else []
@@ -462,48 +472,25 @@ def evaluate(args):
         if n == "?":
             notes.append(f"{name} does not say of how many images it is")
         elif n < 10_000:
-            notes.append(f"{name} has {n} images{', fewer than the 2,048 features' * (n < 2048)}: "
-                         "FID is biased, compare with FID of as many, or use --kid")
-    named = [args.samples, *args.references, *([config["checkpoint"]] if config else [])]
-    report = dict(results=results, images=counts, notes=notes, settings=settings,
-                  sha256={name: sha256(name) for name in named if Path(name).is_file()},
-                  versions={module.__name__: module.__version__ for module in (torch, np, PIL)},
-                  device=str(device), processes=world, batch=args.batch)
-    if args.save_stats:
-        with replacing(files[-1]) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{k: np.asarray(done[0][k]) for k in SHAPES})
-    write_json(out, report)
+            fewer = ", fewer than the 2,048 features" if n < 2048 else ""
+            notes.append(f"{name} has {n} images{fewer}: FID is biased, compare with FID of as "
+                         "many, or use --kid")
 
+    hashes = {name: sha256(name) for name in [args.samples, *args.references]
+              if Path(name).is_file()}
+    versions = {module.__name__: module.__version__ for module in (torch, np, PIL)}
+    if args.save_stats:
+        with replacing(Path(args.save_stats)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{key: np.asarray(done[0][key]) for key in SHAPES})
+    write_json(out, dict(results=results, images=counts, notes=notes, settings=settings,
+                         sha256=hashes, versions=versions) | machine)
     print(f"{samples.name}: {done[0].get('n', '?')} images")
     for name, values in results.items():
         print(*(f"{k} {v:<8.5g}" for k, v in values.items()), f" {name}, {counts[name]} images")
-    print(*(f"note: {note}" for note in notes), f"wrote {' and '.join(map(str, files))}", sep="\n")
-
-
-@guarded
-def main():
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("samples", help="folder or npz; with --data a run of train.py")
-    parser.add_argument("references", nargs="*", help="folders or npz; default with --data: that")
-    parser.add_argument("--save-stats", metavar="OUT.npz", help="write statistics of SAMPLES")
-    parser.add_argument("--precision-recall", action="store_true", help="holds 4 KB per sample")
-    parser.add_argument("--kid", action="store_true", help="holds 4 KB per sample")
-    parser.add_argument("--data", help="as in train.py: labels, and the reference if none is named")
-    parser.add_argument("--num", type=int, help="a fixed choice; default: all, or 10000 of a run")
-    parser.add_argument("--crop", type=int, help="ADM's centre crop of all folders, in pixels")
-    parser.add_argument("--inception", metavar="PATH", help="default: downloaded once; or `random`")
-    parser.add_argument("--out", metavar="OUT.json", help="default: beside SAMPLES")
-    parser.add_argument("--batch", type=int, default=50, help="images at once, per process")
-    parser.add_argument("--cache", default="~/.cache/sid2", help="for decoded data: %(default)s")
-    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    args = parser.parse_args()
-    for flag, least in dict(num=4, crop=1, batch=1).items():  # third neighbours need 4 images
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
-            fail(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
-    if bool(args.save_stats) == bool(args.references or args.data):
-        fail("give SAMPLES REFERENCE, or RUN --data DATA, or DATA --save-stats OUT.npz")
-    evaluate(args)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"wrote {' and '.join([*([args.save_stats] if args.save_stats else []), str(out)])}")
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

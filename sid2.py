@@ -7,9 +7,10 @@
     h    = high + up(h - low)        the network's only skip: what the level below has changed
     z_s  = r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x_hat + noise,  r = exp(logsnr_t - logsnr_s)
 
-The alphabet, here and in the scripts: x clean image (B, 3, H, W) in [-1, 1]; z noisy image; eps
-noise; v what the network predicts; _hat an estimate; t > s times in [0, 1]; logsnr in nats; y class
-label (B,); h features (B, H, W, C); c conditioning vector (B, width).
+Two calls are the recipe: `training_loss(net, config, x, y, t, eps)` and `sample(net, config, seeds,
+y)`. The alphabet, here and in the scripts: x clean image (B, 3, H, W) in [-1, 1]; z noisy image;
+eps noise; v what the network predicts; _hat an estimate; t > s times in [0, 1]; logsnr in nats;
+y class label (B,); h features (B, H, W, C); c conditioning vector (B, width).
 
 No code of the authors was ever released. Every constant says in brackets where it comes from:
     [SiD2]    the paper's abstract and introduction, read at first hand
@@ -18,11 +19,13 @@ No code of the authors was ever released. Every constant says in brackets where 
     [VDM]     Variational Diffusion Models, arXiv 2107.00630
     [VDM++]   Kingma & Gao 2023, arXiv 2303.00848, the source of the sigmoid weighting
     [MCM]     Multistep Consistency Models, arXiv 2403.06807, same group, same network
+    [UL]      Unified Latents, arXiv 2602.17270, the group's next paper, read at first hand
     [GI]      Kynkäänniemi et al. 2024, arXiv 2404.07724, guidance in a limited interval
     [derived] arithmetic from the above, shown by a test
     [ours]    in no text that we could read: our choice, with its reason
 
-A section uses the imports and the sections above it: reading order is copying order.
+Each section needs only the imports and the sections above it: copy from the top down to the part
+that you want.
 """
 
 import math
@@ -40,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Config:
-    """One run: network, noise process, training, sampling. Defaults are those of ImageNet."""
+    """The recipe: network, noise process, training, sampling. Defaults are those of ImageNet."""
 
     # network
     image_size: int  # height = width of the images, in pixels
@@ -55,68 +58,73 @@ class Config:
     num_classes: int = 1000  # ImageNet [SiD2]; 0: unconditional; label num_classes: null class
     # noise process and loss
     noise_low: int = 32  # noise resolution at t = 1, in pixels [SiD2*]
-    noise_high: int = 64  # at t = 0: the image size, from 64 px up [SiD2*] [MCM]
+    noise_high: int = 0  # noise resolution at t = 0; 0 means the image size [SiD2*] [MCM]
     bias: float = 0.0  # b of the weighting sigmoid(b - logsnr), by resolution [SiD2*] [VDM++]
     # training
     steps: int = 500_000  # [SD]
     batch: int = 2048  # images per step, over all processes [SD]
-    micro_batch: int = 0  # images at once in a process; 0: its whole share [ours]
-    lr: float = 1e-4  # of Adam, constant after the warm-up [SD]
-    warmup: int = 10_000  # steps from 0 to lr [SD]
+    lr: float = 1e-4  # learning rate of Adam, constant after the warm-up [SD]
+    warmup: int = 10_000  # steps in which the learning rate rises from 0 to lr [SD]
+    betas: tuple = (0.9, 0.99)  # Adam's two decay rates [SD]
+    adam_eps: float = 1e-12  # Adam's epsilon [SD]
+    clip: float = 1.0  # largest norm of the gradient, over all parameters [SD]
     ema: float = 0.9999  # decay of the averaged weights [SD]
     label_dropout: float = 0.1  # share of labels replaced by the null class [SD]
     flip: bool = True  # mirror half of the images [ours]
-    log_every: int = 50  # steps between rows of the log [ours]
-    sample_every: int = 5000  # steps between pictures [ours]
-    save_every: int = 5000  # steps between checkpoints [ours]
     # sampling
     sampler: str = "ddpm"  # or "ddim" [SiD2*]
     sample_steps: int = 512  # [SiD2*]
-    gamma: float = 0.2  # DDPM noise between its lower (0) and upper (1) bound [SD]
+    gamma: float = 0.2  # DDPM noise: 0 its lower bound, 1 its upper bound [SD]
     guidance: float = 2.0  # scale inside the interval; 1 is no guidance [GI]
-    interval: tuple = (-2.13, 2.55)  # low <= logsnr < high: 0.28 < sigma / alpha <= 2.90 [GI]
+    interval: tuple = (-2.13, 2.55)  # of logsnr: noise 0.28 < sigma / alpha <= 2.90 [GI]
 
 
-# The paper's rows are one network; compute grows by finer patches, not more parameters [SiD2].
-# Channels and blocks [SiD2*], at 64 px [MCM]; noise 32 -> 64 and 128 [MCM], 32 -> 512 [SiD2*],
-# 32 -> 256 by analogy [derived]; bias at 64 px [VDM++], above [SiD2*]. Not trained here.
-# `shapes` is for five minutes on two CPU cores, `cifar10` for one GPU.
+# `shapes` is for minutes on two CPU cores, `cifar10` for one GPU. The other rows are the paper's,
+# and were not trained here. imagenet64 has a network of its own [MCM]. All rows from 128 pixels up
+# are one network: compute grows by finer patches, not by more parameters [SiD2]. Its channels and
+# blocks are [SiD2*]. Noise 32 -> image size: 64 and 128 px [MCM], 512 px [SiD2*], 256 px by analogy
+# [derived]. Bias: 64 px [VDM++], above [SiD2*].
 PRESETS = {
     "shapes": Config(16, 1, (32, 64, 128), "RRT", depth=2, middle=2, width=256, head_width=64,
                      dropout=0.0, num_classes=6, noise_high=32, bias=2.0, steps=1200, batch=64,
-                     lr=2e-3, warmup=100, flip=False, sample_every=300, save_every=300,
-                     sample_steps=32, interval=(-6.0, 6.0)),  # [ours]
+                     lr=2e-3, warmup=100, flip=False, sample_steps=32,
+                     interval=(-6.0, 6.0)),  # [ours]
     "cifar10": Config(32, 1, (128, 256, 512), "RTT", middle=8, width=512, head_width=64,
-                      num_classes=10, noise_high=32, bias=2.0, steps=40_000, batch=256, lr=3e-4,
-                      warmup=1000, ema=0.9995, save_every=1000, sample_steps=256),  # [ours]
-    #                      pixels patch channels           blocks                  loss bias
-    "imagenet64":     Config( 64, 1, (256, 512, 1024),      "RTT",  noise_high=64,  bias=2.0),
-    "imagenet128":    Config(128, 1, (128, 256, 512, 1024), "RRTT", noise_high=128, bias=0.0),
-    "imagenet256_p2": Config(256, 2, (128, 256, 512, 1024), "RRTT", noise_high=256, bias=-1.0),
-    "imagenet256_p1": Config(256, 1, (128, 256, 512, 1024), "RRTT", noise_high=256, bias=-1.0),
-    "imagenet512_p4": Config(512, 4, (128, 256, 512, 1024), "RRTT", noise_high=512, bias=-3.0),
-    "imagenet512_p2": Config(512, 2, (128, 256, 512, 1024), "RRTT", noise_high=512, bias=-3.0),
+                      num_classes=10, bias=2.0, steps=40_000, batch=256, lr=3e-4, warmup=1000,
+                      ema=0.9995, sample_steps=256),  # [ours]
+    #                      pixels patch channels           blocks  bias
+    "imagenet64":     Config( 64, 1, (256, 512, 1024),      "RTT",  bias=2.0),
+    "imagenet128":    Config(128, 1, (128, 256, 512, 1024), "RRTT", bias=0.0),
+    "imagenet256_p2": Config(256, 2, (128, 256, 512, 1024), "RRTT", bias=-1.0),
+    "imagenet256_p1": Config(256, 1, (128, 256, 512, 1024), "RRTT", bias=-1.0),
+    "imagenet512_p4": Config(512, 4, (128, 256, 512, 1024), "RRTT", bias=-3.0),
+    "imagenet512_p2": Config(512, 2, (128, 256, 512, 1024), "RRTT", bias=-3.0),
 }
 
 # --------------------------------------------------------------------------------------------------
 # 2. Noise process: variance preserving, in float32 whatever the autocast state
 
 
-def schedule(t: Tensor, image_size: int, noise_low: int, noise_high: int) -> tuple[Tensor, Tensor]:
+def schedule(t: Tensor, image_size: int, noise_low: int = 32,  # [SiD2*]
+             noise_high: int = 0) -> tuple[Tensor, Tensor]:
     """Interpolated shifted cosine: logsnr(t) in nats and its slope dlogsnr/dt, shaped as t [SiD2*].
 
         logsnr(t) = -2 log tan(u) + (1 - t) shift(noise_high) + t shift(noise_low)
-        u = u_0 + t (u_1 - u_0),   shift(d) = 2 log(d / image_size)
+        u = u_0 + t (u_1 - u_0),   shift(resolution) = 2 log(resolution / image_size)
 
     The cosine term runs from +10 to -10 ([SD] has 15), so both ends are finite. The shift is
     [SD]'s: averaging 2x2 pixels divides the noise variance by 4, so 128 px at noise resolution 64,
-    pooled to 64 px, is exactly as noisy as 64 px unshifted. Trap: public transcriptions of the
-    paper print the shift with the opposite sign and half the size. Trap: computed in bfloat16,
-    logsnr is off by up to 1.3 nats.
+    pooled to 64 px, is exactly as noisy as 64 px unshifted. noise_high = 0 means the image size,
+    whose shift is 0. That is the point of the interpolation: at the clean end fine detail gets as
+    much training at any size, and at the noisy end any size is as noisy as 32 px.
+
+    Trap: public transcriptions of the paper print the shift with the opposite sign and half the
+    size. Trap: computed in bfloat16, logsnr is off by up to 1.3 nats.
     """
     t = t.float()
     u_0, u_1 = math.atan(math.exp(-10 / 2)), math.atan(math.exp(10 / 2))  # logsnr +10, -10 [SiD2*]
-    shift_low, shift_high = (2 * math.log(d / image_size) for d in (noise_low, noise_high))
+    shift_low = 2 * math.log(noise_low / image_size)
+    shift_high = 2 * math.log((noise_high or image_size) / image_size)
     u = u_0 + t * (u_1 - u_0)
     logsnr = -2 * torch.log(torch.tan(u)) + (1 - t) * shift_high + t * shift_low
     slope = -4 * (u_1 - u_0) / torch.sin(2 * u) + shift_low - shift_high  # [derived]
@@ -150,37 +158,43 @@ def x_from_v(z: Tensor, v: Tensor, logsnr: Tensor) -> Tensor:
     return alpha * z - sigma * v
 
 
-def eps_from_v(z: Tensor, v: Tensor, logsnr: Tensor) -> Tensor:
-    """eps = sigma z + alpha v."""
-    alpha, sigma = alpha_sigma(logsnr)
-    return sigma * z + alpha * v
-
-
 # --------------------------------------------------------------------------------------------------
 # 3. Loss
 
 
-def low_discrepancy_times(index: Tensor, batch: int, u: float) -> Tensor:
-    """Times of the images at places `index` of a batch: t_i = (u + i / batch) mod 1 [VDM].
+def low_discrepancy_times(index: Tensor, batch: int, start: float) -> Tensor:
+    """Times of the images at places `index` of a batch: t_i = (start + i / batch) mod 1 [VDM].
 
-    With one u ~ U(0, 1) per step each t is uniform, and together they cover [0, 1) evenly, which
-    takes most of the variance out of the loss. `batch` counts the images of all processes.
+    With one start ~ U(0, 1) per step each t is uniform, and together they cover [0, 1) evenly,
+    which takes most of the variance out of the loss. `batch` counts the images of all processes.
     """
-    return (u + index.float() / batch) % 1
+    return (start + index.float() / batch) % 1
 
 
 def sigmoid_loss(v_hat: Tensor, v: Tensor, logsnr: Tensor, slope: Tensor, bias: float) -> Tensor:
     """The sigmoid loss of each image, (B,): weight sigmoid(bias - logsnr) on eps [SiD2] [VDM++].
 
-        ½ (-dlogsnr/dt) sigmoid(bias - logsnr) |eps - eps_hat|²,  |d eps|² = alpha² |d v|²
+        ½ (-dlogsnr/dt) sigmoid(bias - logsnr) |eps - eps_hat|²
 
-    Mean over pixels and channels, in nats per dimension: with weight 1 it is the diffusion part of
-    the variational bound. Because of -dlogsnr/dt its mean over t depends on the schedule through
-    the end points only. Traps: public SiD2 losses drop that factor, or put the weight of the x
-    error, e^bias sigmoid(logsnr - bias) [SiD2*], on the v error.
+    The same weight stands at first hand in [UL]. The network's error is in v: eps - eps_hat =
+    alpha (v - v_hat), hence the factor alpha² = sigmoid(logsnr). The loss is a mean over pixels and
+    channels, in nats per dimension: with weight 1 it is the diffusion part of the variational
+    bound. Because of the factor -dlogsnr/dt its mean over t depends on the schedule through the two
+    end points only.
+
+    Traps: public SiD2 losses leave out that factor, or put the weight that belongs to the error in
+    x, e^bias sigmoid(logsnr - bias) [SiD2*], on the error in v.
     """
     weight = 0.5 * -slope * torch.sigmoid(bias - logsnr) * torch.sigmoid(logsnr)
     return weight * (v_hat.float() - v.float()).square().mean((1, 2, 3))
+
+
+def training_loss(net, config: Config, x: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The loss of each image, (B,), at times t (B,) with noise eps (B, 3, H, W); backpropagate its
+    mean. net(z, logsnr, y) -> v_hat may be any callable."""
+    logsnr, slope = schedule(t, config.image_size, config.noise_low, config.noise_high)
+    z, v = diffuse(x, eps, logsnr), v_from_x_eps(x, eps, logsnr)
+    return sigmoid_loss(net(z, logsnr, y), v, logsnr, slope, config.bias)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,11 +208,12 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-class RMSNorm(nn.Module):
-    """h / rms(h) * gain over the last dimension: mean in float32, products in the type of h.
+class Norm(nn.Module):
+    """Layer norm over the last dimension, with a gain and without a bias.
 
-    The paper's kind of norm is not known; this one [ours] works per pixel and has no groups. A
-    float32 copy of h would halve the rounding in bfloat16, and add a third to what training keeps.
+    The paper's kind of norm is not known. This one [ours] works per pixel, has no groups, and is
+    torch's fused kernel, forward and backward. Trap: CUDA's autocast would run it in float32 and
+    return float32, so autocast is off here; the statistics are float32 inside the kernel anyway.
     """
 
     def __init__(self, channels: int):
@@ -206,9 +221,9 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(channels))
 
     def forward(self, h: Tensor) -> Tensor:
-        mean = (h * h).mean(-1, keepdim=True, dtype=torch.float32)
-        r = torch.rsqrt(mean + 1e-6)  # no division by 0 [ours]
-        return h * r.to(h.dtype) * self.gain.to(h.dtype)
+        device = "cpu" if h.is_meta else h.device.type  # autocast does not know meta
+        with torch.autocast(device, enabled=False):
+            return F.layer_norm(h, h.shape[-1:], self.gain.to(h.dtype), eps=1e-6)  # [ours]
 
 
 class Conv3x3(nn.Conv2d):
@@ -222,51 +237,53 @@ class Conv3x3(nn.Conv2d):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions; c scales and shifts after the second norm [SD]."""
+    """Two convolutions; c scales and offsets the features after the second norm [SD]."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.norm1 = RMSNorm(channels)
+        self.norm1 = Norm(channels)
         self.conv1 = Conv3x3(channels)
         self.film = nn.Linear(width, 2 * channels)
-        self.norm2 = RMSNorm(channels)
+        self.norm2 = Norm(channels)
         self.conv2 = zero(Conv3x3(channels))
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        scale, shift = self.film(c)[:, None, None].chunk(2, dim=-1)
-        r = self.conv1(F.silu(self.norm1(h)))
-        r = self.norm2(r) * (1 + scale) + shift
-        return h + self.conv2(F.silu(r))
+        scale, offset = self.film(c)[:, None, None].chunk(2, dim=-1)  # each (B, 1, 1, C)
+        branch = self.conv1(F.silu(self.norm1(h)))
+        branch = self.norm2(branch) * (1 + scale) + offset
+        return h + self.conv2(F.silu(branch))
 
 
 class TransformerBlock(nn.Module):
-    """MLP first, then attention [SD]; c scales and shifts the MLP's hidden layer alone [MCM].
+    """MLP first, then attention [SD]; c scales and offsets the MLP's hidden layer alone [MCM].
 
     q and k are normalised, each head by itself [SiD2*]: else logits grow in long training.
     """
 
     def __init__(self, channels: int, width: int, head_width: int, dropout: float):
         super().__init__()
-        self.norm_mlp = RMSNorm(channels)
+        self.head_width = head_width
+        self.norm_mlp = Norm(channels)
         self.mlp_in = nn.Linear(channels, 4 * channels)  # MLP ratio 4 [SiD2*]
         self.film = nn.Linear(width, 2 * 4 * channels)  # [MCM]
         self.dropout = nn.Dropout(dropout)
         self.mlp_out = zero(nn.Linear(4 * channels, channels))  # [SiD2*]
-        self.norm_attention = RMSNorm(channels)
+        self.norm_attention = Norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.norm_q, self.norm_k = RMSNorm(head_width), RMSNorm(head_width)
+        self.norm_q, self.norm_k = Norm(head_width), Norm(head_width)
         self.attention_out = zero(nn.Linear(channels, channels))
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         B, H, W, C = h.shape
-        scale, shift = self.film(c)[:, None, None].chunk(2, dim=-1)
-        r = F.silu(self.mlp_in(self.norm_mlp(h))) * (1 + scale) + shift
-        h = h + self.mlp_out(self.dropout(r))
+        scale, offset = self.film(c)[:, None, None].chunk(2, dim=-1)  # each (B, 1, 1, 4 C)
+        branch = F.silu(self.mlp_in(self.norm_mlp(h))) * (1 + scale) + offset
+        h = h + self.mlp_out(self.dropout(branch))
 
-        qkv = self.qkv(self.norm_attention(h)).reshape(B, H * W, 3, -1, len(self.norm_q.gain))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, H W, head_width)
-        r = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
-        return h + self.attention_out(r.transpose(1, 2).reshape(B, H, W, C))
+        qkv = self.qkv(self.norm_attention(h)).reshape(B, H * W, 3, -1, self.head_width)
+        q, k, v = qkv.unbind(2)  # each (B, H W, heads, head_width)
+        q, k = self.norm_q(q), self.norm_k(k)
+        branch = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
+        return h + self.attention_out(branch.transpose(1, 2).reshape(B, H, W, C))
 
 
 class Down(nn.Module):
@@ -294,9 +311,10 @@ class Up(nn.Module):
 class Condition(nn.Module):
     """c from logsnr and label: sinusoids, two dense layers, plus the class embedding, swish.
 
-    logsnr in [-20, 20] maps linearly to [0, 1] at every resolution, so that weights can move
-    between them [ours]. The frequencies run from 1000 to 0.1 [ours]: the fastest turns by 0.3
-    radians between neighbours of 512 steps, which lie at least 0.012 nats apart.
+    logsnr in [-20, 20] is mapped linearly to [0, 1], alike at every resolution, so that a network
+    trained at one resolution can continue at another [ours]. The frequencies run from 1000 to 0.1
+    [ours]: the fastest sinusoid turns by 0.3 radians between neighbours among 512 steps, which lie
+    at least 0.012 nats apart.
     """
 
     def __init__(self, width: int, num_classes: int):
@@ -307,74 +325,80 @@ class Condition(nn.Module):
 
     def forward(self, logsnr: Tensor, y: Tensor) -> Tensor:
         exponent = torch.linspace(3, -1, self.dense1.in_features // 2, device=logsnr.device)
-        angle = (logsnr.float()[:, None] + 20) / 40 * 10**exponent  # [ours]
-        c = torch.cat([angle.sin(), angle.cos()], dim=-1)
+        phase = (logsnr.float()[:, None] + 20) / 40 * 10**exponent  # [ours]
+        c = torch.cat([phase.sin(), phase.cos()], dim=-1)
         return F.silu(self.dense2(F.silu(self.dense1(c))) + self.label(y))
 
 
-class UViT(nn.Module):
+class ResidualUViT(nn.Module):
     """Residual U-ViT: z (B, 3, H, W), logsnr (B,), y (B,) int64 -> v_hat (B, 3, H, W) in float32.
 
-    H = W = config.image_size; y = config.num_classes is the null class. One skip per level and no
-    other [SiD2*]. Patch layers are linear [ours]: 3x3 would add 1.2 % GMAC at 512 px, patch 4.
+    H = W = config.image_size; y = config.num_classes is the null class. There is one skip per level
+    and no other [SiD2*]. Patch layers are linear [ours]: 3x3 would add 1.2 % GMAC at 512 px with
+    patch 4. Initialisation [ours]: the zero layers and the position embedding as said where they
+    are built, all others with torch's defaults; for weights and biases of linear layers and
+    convolutions these are uniform, with variance 1 / (3 inputs).
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.patch_size, self.checkpointing = config.patch_size, ()  # levels that save memory
-        C, levels = config.channels, range(len(config.channels) - 1)  # above the middle
-        self.first = config.blocks.find("T")  # the level where transformers begin
+        channels, kinds = config.channels, config.blocks
+        self.patch_size = config.patch_size
+        self.checkpointing = ()  # levels whose blocks keep their input only, to save memory
+        self.first_transformer_level = kinds.find("T")  # -1: there is none
 
-        def blocks(level: int, count: int) -> nn.ModuleList:
-            if config.blocks[level] == "R":
-                return nn.ModuleList(ResBlock(C[level], config.width) for _ in range(count))
-            return nn.ModuleList(TransformerBlock(C[level], config.width, config.head_width,
-                                                  config.dropout) for _ in range(count))
+        def make_blocks(level: int, count: int) -> nn.ModuleList:
+            if kinds[level] == "R":
+                made = (ResBlock(channels[level], config.width) for _ in range(count))
+            else:
+                made = (TransformerBlock(channels[level], config.width, config.head_width,
+                                         config.dropout) for _ in range(count))
+            return nn.ModuleList(made)
 
+        above = range(len(channels) - 1)  # the levels above the middle
         self.condition = Condition(config.width, config.num_classes)
-        self.embed = nn.Linear(3 * config.patch_size**2, C[0])
-        if self.first >= 0:
-            side = config.image_size // config.patch_size >> self.first
-            self.position = nn.Parameter(0.01 * torch.randn(side, side, C[self.first]))  # [SD]
-        self.blocks_down = nn.ModuleList(blocks(i, config.depth) for i in levels)
-        self.down = nn.ModuleList(Down(C[i], C[i + 1]) for i in levels)
-        self.middle = blocks(-1, config.middle)
-        self.up = nn.ModuleList(Up(C[i], C[i + 1]) for i in levels)
-        self.blocks_up = nn.ModuleList(blocks(i, config.depth) for i in levels)
-        self.norm = RMSNorm(C[0])
-        self.head = zero(nn.Linear(C[0], 3 * config.patch_size**2))
+        self.embed = nn.Linear(3 * config.patch_size**2, channels[0])
+        if self.first_transformer_level >= 0:
+            side = config.image_size // config.patch_size >> self.first_transformer_level
+            width = channels[self.first_transformer_level]
+            self.position = nn.Parameter(0.01 * torch.randn(side, side, width))  # [SD]
+        self.blocks_down = nn.ModuleList(make_blocks(i, config.depth) for i in above)
+        self.down = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in above)
+        self.middle = make_blocks(-1, config.middle)
+        self.up = nn.ModuleList(Up(channels[i], channels[i + 1]) for i in above)
+        self.blocks_up = nn.ModuleList(make_blocks(i, config.depth) for i in above)
+        self.norm = Norm(channels[0])
+        self.head = zero(nn.Linear(channels[0], 3 * config.patch_size**2))
 
-    def place(self, h: Tensor, level: int) -> Tensor:
-        """Positions, where transformers begin; before `low` is taken, or a fresh trunk would be
-        no identity [ours]."""
-        return h + self.position.to(h.dtype) if level == self.first else h
+    def add_position(self, h: Tensor, level: int) -> Tensor:
+        """Adds the learned positions at the level where transformers begin. This happens before
+        `low` is taken, so that h - low stays 0 in a fresh network [ours]."""
+        if level == self.first_transformer_level:
+            h = h + self.position.to(h.dtype)
+        return h
 
-    def run(self, level: int, blocks: nn.ModuleList, h: Tensor, c: Tensor) -> Tensor:
+    def apply_blocks(self, level: int, blocks: nn.ModuleList, h: Tensor, c: Tensor) -> Tensor:
         for block in blocks:
-            if level in self.checkpointing and self.training:  # keep h, compute the inside again
-                h = checkpoint(block, h, c, use_reentrant=False)
+            if level in self.checkpointing and self.training:
+                h = checkpoint(block, h, c, use_reentrant=False)  # computes the inside again
             else:
                 h = block(h, c)
         return h
 
-    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+    def trunk(self, h: Tensor, c: Tensor, level: int = 0) -> Tensor:
         """All between patch embedding and head; at initialisation the identity, bit for bit."""
-        skips = []
-        for level, (blocks, down) in enumerate(zip(self.blocks_down, self.down)):
-            high = self.run(level, blocks, h, c)
-            h = low = self.place(down(high), level + 1)
-            skips.append((high, low))
-        h = self.run(len(skips), self.middle, h, c)
-        for level in reversed(range(len(skips))):
-            (high, low), up = skips.pop(), self.up[level]
-            h = high + up(h - low)
-            h = self.run(level, self.blocks_up[level], h, c)
-        return h
+        if level == len(self.down):
+            return self.apply_blocks(level, self.middle, h, c)
+        high = self.apply_blocks(level, self.blocks_down[level], h, c)
+        low = self.add_position(self.down[level](high), level + 1)
+        h = self.trunk(low, c, level + 1)
+        h = high + self.up[level](h - low)
+        return self.apply_blocks(level, self.blocks_up[level], h, c)
 
     def forward(self, z: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
         c = self.condition(logsnr, y)
         h = self.embed(F.pixel_unshuffle(z, self.patch_size).permute(0, 2, 3, 1))
-        h = self.trunk(self.place(h, 0), c)
+        h = self.trunk(self.add_position(h, 0), c)
         h = self.head(F.silu(self.norm(h)))
         return F.pixel_shuffle(h.permute(0, 3, 1, 2), self.patch_size).float()
 
@@ -408,16 +432,18 @@ def ddim_step(z: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor) -> T
 
 @torch.no_grad()
 def sample_steps(net, seeds: list[int], y: Tensor, null: int, logsnr: Tensor, image_size: int,
-                 sampler="ddpm", gamma=0.2,  # [SD]
-                 guidance=1.0, interval=(-math.inf, math.inf)):
+                 sampler: str = "ddpm", gamma: float = 0.2,  # [SD]
+                 guidance: float = 1.0, interval: tuple = (-math.inf, math.inf)):
     """Yields (z, x_hat) at every step; x_hat is clipped to [-1, 1], and the last is the sample.
 
     net(z, logsnr, y) -> v_hat; y: (B,) labels on the device to use; null: the null class; logsnr:
     (S,) = schedule(t) at t = 1, 1 - 1/S, ..., 1/S. All noise of image i comes from seeds[i], so
     neither its batch nor the number of processes matters. Guidance, x_null + guidance
-    (x_y - x_null), acts where low <= logsnr < high [GI]; outside, and at scale 1, only the
-    conditional pass is paid: S (1 + f) passes for a fraction f of the steps.
+    (x_y - x_null), acts where interval[0] <= logsnr < interval[1] [GI]. Elsewhere, and at scale 1,
+    only the conditional pass is paid: S (1 + f) passes for a fraction f of the steps.
     """
+    if sampler not in ("ddpm", "ddim"):
+        raise ValueError(f"sampler must be ddpm or ddim, got {sampler}")
     generators = [torch.Generator(y.device).manual_seed(seed) for seed in seeds]
 
     def normal() -> Tensor:
@@ -443,9 +469,15 @@ def sample_steps(net, seeds: list[int], y: Tensor, null: int, logsnr: Tensor, im
             z = ddpm_step(z, x_hat, logsnr_t, logsnr[i + 1], gamma, normal())
 
 
-def sample(*args, **kwargs) -> Tensor:
-    """The sample alone, (B, 3, H, W) in [-1, 1]; arguments as sample_steps."""
-    for _, x_hat in sample_steps(*args, **kwargs):
+def sample(net, config: Config, seeds: list[int], y: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] of B seeds and labels y (B,), on the device of y, sampled as
+    config says; net(z, logsnr, y) -> v_hat is called once per step."""
+    S = config.sample_steps
+    logsnr, _ = schedule(torch.arange(S, 0, -1) / S, config.image_size, config.noise_low,
+                         config.noise_high)
+    guidance = config.guidance if config.num_classes else 1.0
+    for _, x_hat in sample_steps(net, seeds, y, config.num_classes, logsnr, config.image_size,
+                                 config.sampler, config.gamma, guidance, config.interval):
         pass
     return x_hat
 
@@ -455,10 +487,15 @@ def sample(*args, **kwargs) -> Tensor:
 
 
 @torch.no_grad()
-def ema_update(average: nn.Module, net: nn.Module, n: int, decay: float):
-    """average = d average + (1 - d) net after n updates; short runs forget their first weights."""
-    d = min(decay, (1 + n) / (10 + n))  # a warm-up common in the field [ours]
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - d)
+def ema_update(average: nn.Module, net: nn.Module, updates: int, decay: float):
+    """average = decay average + (1 - decay) net, for all parameters; buffers are not averaged, and
+    this network has none. `updates` were done before: in the first ones the decay is smaller, so
+    that short runs forget their first weights.
+
+    torch._foreach_lerp_ is private: it does in one call for all tensors what Tensor.lerp_ does.
+    """
+    decay = min(decay, (1 + updates) / (10 + updates))  # a warm-up common in the field [ours]
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -477,21 +514,25 @@ PUBLISHED = {  # GMAC and FID as later papers quote the paper's tables [SiD2*]; 
 def count(config: Config) -> tuple[int, float]:
     """Parameters, and GMAC (1e9 multiply-accumulates) of a forward pass of one image, on meta."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net, image = UViT(config).eval(), torch.empty(1, 3, config.image_size, config.image_size)
+        net = ResidualUViT(config).eval()
+        image = torch.empty(1, 3, config.image_size, config.image_size)
         net(image, torch.empty(1), torch.empty(1, dtype=torch.long))
-    macs = counter.get_total_flops() / 2  # a MAC is 2 flops
-    return sum(p.numel() for p in net.parameters()), macs / 1e9
+    multiply_accumulates = counter.get_total_flops() / 2  # each is 2 floating-point operations
+    return sum(p.numel() for p in net.parameters()), multiply_accumulates / 1e9
 
 
 def main():
     print("preset             M params (published)     GMAC (published)  FID (published)  bias  "
           "noise    levels")
-    for name, c in PRESETS.items():
-        (parameters, gmac), (there_gmac, there, fid) = count(c), PUBLISHED.get(name, ("-",) * 3)
-        sides = [c.image_size // c.patch_size >> level for level in range(len(c.channels))]
-        levels = [f"{b} {n}² x {C} ({n * n})" for b, n, C in zip(c.blocks, sides, c.channels)]
-        print(f"{name:15} {parameters / 1e6:11.1f} {there:>11} {gmac:10.2f} {there_gmac:>11} "
-              f"{fid:>16} {c.bias:5.0f}  {c.noise_low:3}-{c.noise_high:3}", *levels, sep="  ")
+    for name, config in PRESETS.items():
+        parameters, gmac = count(config)
+        published_gmac, published_parameters, published_fid = PUBLISHED.get(name, ("-", "-", "-"))
+        top = config.image_size // config.patch_size
+        levels = [f"{kind} {top >> level}² x {channels} ({(top >> level) ** 2})"
+                  for level, (kind, channels) in enumerate(zip(config.blocks, config.channels))]
+        print(f"{name:15} {parameters / 1e6:11.1f} {published_parameters:>11} {gmac:10.2f} "
+              f"{published_gmac:>11} {published_fid:>16} {config.bias:5.0f}  {config.noise_low:3}-"
+              f"{config.noise_high or config.image_size:3}", *levels, sep="  ")
 
 
 if __name__ == "__main__":
