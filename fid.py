@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train import (ImageError, InputError, Parser, centre_crop, guarded, leave, open_folder,
+from train import (ImageError, InputError, Parser, centre_crop, guarded, open_folder,
                    open_npz, replacing, setup, write_json)
 
 # --------------------------------------------------------------------------------------------------
@@ -396,7 +396,6 @@ def main():
                 measured = dict(features=measured["features"])
             statistics = statistics | measured
         done.append(statistics)
-    leave()
     if rank == 0:
         report(args, samples, references, done, settings, out, dict(device=str(device),
                processes=world, batch=args.batch))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import sid2
 from train import (InputError, Parser, agree, autocast_of, check, check_settings, choose_labels,
-                   grid, guarded, leave, load_checkpoint, page, replacing, sample_images, setup,
+                   choose_precision, grid, guarded, load_checkpoint, page, replacing, sample_images, setup,
                    shown_classes, to_uint8, write_json)
 
 
@@ -32,9 +32,10 @@ def main():
     seeds, classes = choose_seeds(args, config), choose_classes(args, names, config.num_classes)
     labels = choose_labels(seeds, classes, config.num_classes)
     rank, world, device = setup(args.device)
-    autocast = autocast_of(device, args.precision)
+    precision = choose_precision(device, args.precision)
+    autocast = autocast_of(device, precision)
     settings = dict(step=state["step"], seconds=state["seconds"], weights=args.weights,
-                    classes=classes, autocast=autocast._enabled, config=asdict(config))
+                    classes=classes, precision=precision, config=asdict(config))
     folder = open_folder_of_samples(args, state["step"], settings, rank)
 
     net = sid2.ResidualUViT(config).to(device).eval()
@@ -67,7 +68,7 @@ def main():
                        for seed, image in zip(part, images)]
         for job in written:
             job.result()
-    leave()  # the last image is there
+    agree()  # the last image is there
     if rank == 0:
         pack(args.format, folder, list(files.values()), labels, names)
 

@@ -50,8 +50,9 @@ def main():
     config, data = configure(args, world)
     local = config.batch // world  # images of this process per step
     micro = args.micro_batch or local  # of these, on the device at once
-    autocast = autocast_of(device, args.precision)
-    run = Run(args, config, data, rank, world, device)
+    precision = choose_precision(device, args.precision)
+    autocast = autocast_of(device, precision)
+    run = Run(args, config, data, rank, world, device, precision)
 
     torch.manual_seed(args.seed)
     net = sid2.ResidualUViT(config).to(device)
@@ -63,17 +64,13 @@ def main():
     if args.compile or args.compile is None and device.type == "cuda":
         net.compile(dynamic=False, fullgraph=True)
     model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = min(8, cores) if device.type == "cuda" else 1
-    loader = DataLoader(Batches(data, config, args.seed, rank * local, local), batch_size=None,
-                        sampler=range(start, config.steps), worker_init_fn=deaf,
-                        num_workers=workers if args.workers is None else args.workers,
-                        pin_memory=device.type == "cuda")
+    batches = Batches(data, config, args.seed, rank * local, local)
+    loader = open_loader(batches, start, args.workers, device)
     generator, history = torch.Generator(device), []
     model.train()
 
-    with run.open_bar(start) as bar:
-        for step, batch in enumerate(run.timed(loader), start):
+    with run.bar(loader, start) as bar:
+        for step, batch in enumerate(bar, start):
             torch.manual_seed(args.seed + 1_000_003 * step + rank)  # of dropout
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             loss = torch.zeros((), device=device)
@@ -98,10 +95,11 @@ def main():
             # bookkeeping: only steps that log, save or draw wait for the device
             done, stop = step + 1, run.stop_asked()
             history.append(torch.stack([loss, norm]))
-            save, draw = stop or run.due(done, args.save_every), run.due(done, args.sample_every)
-            bar.update()
+            save = stop or run.due(done, args.save_every)
+            draw = run.due(done, args.sample_every)
             if save or draw or run.due(done, args.log_every):
-                run.log(done, history, optimizer.param_groups[0]["lr"], bar)
+                text = run.log(done, history, optimizer.param_groups[0]["lr"])
+                bar.set_postfix_str(text)
                 history = []
             if save:
                 run.save(done, net, ema, optimizer)
@@ -154,8 +152,17 @@ class Batches(Dataset):
         images = np.where(flip[:, None, None, None], images[:, :, ::-1], images)
         y = np.where(drop | (c.num_classes == 0), c.num_classes, labels)
         t = sid2.low_discrepancy_times(torch.from_numpy(place), c.batch, start)
-        seeds = ((self.seed + 1) * 2654435761 + numbers) % 2**32
+        seeds = ((self.seed + 1) * 2654435761 % 2**32 + numbers) % 2**32
         return torch.from_numpy(images), torch.from_numpy(y), t, torch.from_numpy(seeds)
+
+
+def open_loader(batches: Batches, start: int, workers: int | None, device) -> DataLoader:
+    """The items of `batches` from step `start` on; on CUDA in memory that is copied from fast."""
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    default = min(8, cores) if device.type == "cuda" else 1
+    return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)),
+                      num_workers=default if workers is None else workers,
+                      worker_init_fn=deaf, pin_memory=device.type == "cuda")
 
 
 def deaf(_):
@@ -197,10 +204,12 @@ def guarded(main):
     if code:
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         raise SystemExit(code)
-    if "RANK" in os.environ:  # gloo's threads may abort while Python shuts down, so it does not
+    if dist.is_initialized():  # all processes end together
+        agree()
+        dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(0)  # gloo's threads may abort while Python shuts down, so it does not
 
 
 def setup(name: str) -> tuple[int, int, torch.device]:
@@ -235,23 +244,20 @@ def agree(flag: bool = False) -> bool:
     return flags.item() > 0
 
 
-def leave():
-    """All processes end together."""
-    agree()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def autocast_of(device: torch.device, precision: str) -> torch.autocast:
-    """bf16: autocast around float32 weights. fp32: none. auto: bf16 where the hardware multiplies
-    it."""
+def choose_precision(device: torch.device, precision: str) -> str:
+    """bf16 or fp32; auto is bf16 where the hardware multiplies it."""
     if precision != "auto":
-        fast = precision == "bf16"
-    elif device.type == "cpu":
+        return precision
+    if device.type == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return "bf16" if fast else "fp32"
+
+
+def autocast_of(device: torch.device, precision: str) -> torch.autocast:
+    """bf16: autocast around float32 weights. fp32: nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -292,7 +298,8 @@ def parse() -> argparse.Namespace:
         if isinstance(value, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction)
         elif isinstance(value, tuple):
-            group.add_argument(flag, type=type(value[0]), nargs="+")
+            number = "+" if field.name == "channels" else len(value)
+            group.add_argument(flag, type=type(value[0]), nargs=number)
         else:
             group.add_argument(flag, type=type(value))
     return parser.parse_args()
@@ -323,29 +330,23 @@ def configure(args: argparse.Namespace, world: int):
 
 def check(config: sid2.Config, **flags):
     """The rules that torch would tell late or darkly; flags: values of the script's own flags."""
-    values = flags | asdict(config)
-    channels, blocks = config.channels, config.blocks
+    values, channels = flags | asdict(config), config.channels
     unit = config.patch_size * 2 ** (len(channels) - 1) or 1
     part = values.get("world", 1) * (values.get("micro_batch") or 1)
     rules = [
         ("patch_size head_width noise_low steps batch sample_steps log_every micro_batch",
          "must be at least 1", lambda n: n >= 1),
-        ("depth middle num_classes noise_high lr warmup adam_eps sample_every save_every workers",
-         "must not be negative", lambda n: n >= 0),
+        ("depth middle num_classes noise_high lr warmup adam_eps clip seed sample_every save_every "
+         "workers", "must not be negative", lambda n: n >= 0),
         ("dropout ema label_dropout gamma", "must lie in [0, 1]", lambda n: 0 <= n <= 1),
-        ("lr bias guidance", "must be finite", math.isfinite),
-        ("seed", "must be 0 to 2^31 - 1", lambda n: 0 <= n < 2**31),
-        ("clip", "must be positive", lambda n: n > 0),
+        ("bias guidance", "must be finite", math.isfinite),
         ("width", "must be even and positive", lambda n: n > 0 and n % 2 == 0),
-        ("betas", "must be two numbers in [0, 1)",
-         lambda pair: len(pair) == 2 and 0 <= min(pair) <= max(pair) < 1),
-        ("interval", "must be two numbers, the lower first",
-         lambda pair: len(pair) == 2 and pair[0] < pair[1]),
+        ("interval", "needs the lower number first", lambda pair: pair[0] < pair[1]),
         ("blocks", f"needs a letter R or T for each of the {len(channels)} channels",
          lambda kinds: set(kinds) <= set("RT") and len(kinds) == len(channels) > 0),
         ("channels", f"must be positive, at T levels multiples of head_width {config.head_width}",
-         lambda _: all(n > 0 and (kind == "R" or n % config.head_width == 0)
-                       for n, kind in zip(channels, blocks))),
+         lambda widths: all(n > 0 and (kind == "R" or n % config.head_width == 0)
+                            for n, kind in zip(widths, config.blocks))),
         ("image_size", f"must be a multiple of {unit}, patch_size times 2 per lower level",
          lambda n: n > 0 and n % unit == 0),
         ("batch", f"must be a multiple of {part}, the number of processes times micro_batch",
@@ -375,10 +376,6 @@ def replacing(path: Path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # not every system can open a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -451,19 +448,18 @@ class Run:
     columns = ("step images loss grad_norm lr skipped images_per_second tflops gigabytes data_wait "
                "seconds").split()
 
-    def __init__(self, args, config: sid2.Config, data, rank: int, world: int, device):
+    def __init__(self, args, config: sid2.Config, data, rank: int, world: int, device, precision):
         self.args, self.config, self.data = args, config, data
         self.rank, self.world, self.device = rank, world, device
         self.folder = Path(args.out or f"runs/{args.preset}")
         self.classes = data.classes if config.num_classes else []
-        self.autocast = autocast_of(device, args.precision)
-        self.precision = "bf16" if self.autocast._enabled else "fp32"
+        self.precision = precision
         self.parameters, self.gmac = sid2.count(config)
         self.seconds, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
         self.done, self.waited, self.signals = 0, 0.0, 0
         self.settings = asdict(config) | dict(
             data=data.name, images=len(data.labels), classes=self.classes, seed=args.seed,
-            precision=self.precision, init_from=args.init_from)
+            precision=precision, init_from=args.init_from)
         if (self.folder / "config.json").is_file():  # more steps, or another place of the data
             check_settings(self.folder / "config.json", self.settings, free=("steps", "data"))
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -483,8 +479,8 @@ class Run:
             except (KeyError, RuntimeError, TypeError, ValueError):
                 raise InputError(f"the optimiser in {self.folder / 'checkpoint.pt'} is not that of "
                                  "its network: the file is damaged")
-            self.done, self.seconds, self.skipped = (
-                state[key] for key in ("step", "seconds", "skipped"))
+            self.done, self.seconds = state["step"], state["seconds"]
+            self.skipped = state["skipped"]
             said = f"resumed at step {self.done}"
         elif self.args.init_from:
             said = init_from(self.args.init_from, net)
@@ -520,17 +516,19 @@ class Run:
         print(f"data: {self.data.name}; {len(self.data.labels)} images; {len(names)} classes",
               *named[:20], *["..."] * (len(names) > 20))
 
-    def open_bar(self, start: int) -> tqdm:
+    def bar(self, loader: DataLoader, start: int) -> tqdm:
+        """The loader under a progress bar. How long its items were waited for is added up."""
         self.since = time.perf_counter()
-        return tqdm(total=self.config.steps, initial=start, unit="step", disable=self.rank > 0)
 
-    def timed(self, loader: DataLoader):
-        """The items of the loader; how long each was waited for is added up for the log."""
-        items, begun = iter(loader), time.perf_counter()
-        for item in items:
-            self.waited += time.perf_counter() - begun
-            yield item
+        def timed():
             begun = time.perf_counter()
+            for item in loader:
+                self.waited += time.perf_counter() - begun
+                yield item
+                begun = time.perf_counter()
+
+        return tqdm(timed(), total=self.config.steps, initial=start, unit="step",
+                    disable=self.rank > 0)
 
     def on_signal(self, number: int, _):
         """SIGTERM and Ctrl-C: noted for the end of the step. A second Ctrl-C ends the program."""
@@ -545,8 +543,9 @@ class Run:
     def due(self, done: int, every: int) -> bool:
         return every > 0 and (done % every == 0 or done == self.config.steps)
 
-    def log(self, done: int, history: list[torch.Tensor], lr: float, bar: tqdm):
-        """A row of log.csv. history: loss and norm of the gradient of each step since the last."""
+    def log(self, done: int, history: list[torch.Tensor], lr: float) -> str:
+        """A row of log.csv, and the short form for the bar. history: loss and norm of the gradient
+        of each step since the last row."""
         values = torch.stack(history)
         if self.world > 1:
             dist.all_reduce(values)
@@ -572,8 +571,8 @@ class Run:
                    f"{lr:.4g}", self.skipped, f"{rate:.1f}", f"{tflops:.4g}", peak,
                    f"{self.waited / elapsed:.4f}", f"{self.seconds:.1f}"]
             self.log_file.write(",".join(map(str, row)) + "\n")
-            bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s, {tflops:.3g} TFLOP/s")
         self.done, self.waited, self.since = done, 0.0, time.perf_counter()
+        return f"loss {loss:.4f}, {rate:.0f} images/s, {tflops:.3g} TFLOP/s"
 
     def save(self, done: int, net: torch.nn.Module, ema: torch.nn.Module, optimizer):
         """checkpoint.pt: plain types and tensors; right after a row of the log."""
@@ -593,7 +592,8 @@ class Run:
             shown = shown_classes(self.config.num_classes)
             seeds = list(range(8 * len(shown)))
             labels = choose_labels(seeds, shown, self.config.num_classes)
-            with self.autocast, tqdm(total=len(seeds), desc="samples", leave=False) as bar:
+            autocast = autocast_of(self.device, self.precision)
+            with autocast, tqdm(total=len(seeds), desc="samples", leave=False) as bar:
                 batches = sample_images(ema, self.config, seeds, labels, self.device, 64, bar)
                 images = np.concatenate([images for _, images in batches])
             with replacing(self.folder / f"samples/{done:07d}.png") as temporary:
@@ -601,7 +601,6 @@ class Run:
         self.since = time.perf_counter()
 
     def finish(self):
-        leave()
         if self.rank == 0:
             print(f"{self.done} of {self.config.steps} steps done in {self.seconds / 60:.1f} "
                   f"minutes; pictures in {self.folder / 'samples'}, more with `python sample.py "
@@ -623,7 +622,8 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
                   batch: int, bar: tqdm):
     """Yields seeds and their images, (B, H, W, 3) uint8, in batches of one size: the last is filled
     up, as a compiled network would be compiled again for a smaller one. The bar counts images."""
-    size = math.ceil(len(seeds) / math.ceil(len(seeds) / batch))
+    batches = max(1, math.ceil(len(seeds) / batch))
+    size = max(1, math.ceil(len(seeds) / batches))
     for first in range(0, len(seeds), size):
         mine = slice(first, first + size)
         part, y = seeds[mine], labels[mine]
@@ -731,7 +731,7 @@ class Shapes:
         a, b = (points - centre[0]) / radius, (points[:, None] - centre[1]) / radius
         inside = self.shapes[self.classes[self.labels[i]]](a, b)
         inside = inside.view(np.uint8).reshape(self.size, fine, self.size, fine)
-        hits = np.einsum("aibj -> ab", inside)  # points of a pixel inside the shape
+        hits = np.einsum("aibj -> ab", inside, dtype=np.int64)  # points of a pixel inside the shape
         share = np.arange(fine**2 + 1)[:, None] / fine**2
         palette = (255 * (dark + share * (light - dark)) + 0.5).astype(np.uint8)
         return palette[hits]
