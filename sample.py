@@ -33,10 +33,9 @@ def main():
     labels = choose_labels(seeds, classes, config.num_classes)
     rank, world, device = setup(args.device)
     precision = choose_precision(device, args.precision)
-    autocast = autocast_of(device, precision)
     settings = dict(step=state["step"], seconds=state["seconds"], weights=args.weights,
                     classes=classes, precision=precision, config=asdict(config))
-    folder = open_folder_of_samples(args, state["step"], settings, rank)
+    folder = open_samples(args, settings, rank)
 
     net = sid2.ResidualUViT(config).to(device).eval()
     net.load_state_dict(state["ema" if args.weights == "ema" else "net"])
@@ -45,32 +44,18 @@ def main():
     if rank == 0:
         print(f"{args.run}, step {state['step']}, {args.weights} weights, {len(seeds)} images, "
               f"{config.sampler} {config.sample_steps} steps, guidance {config.guidance} for "
-              f"logsnr in {list(config.interval)}, {world} x {device}")
-    if args.trajectory:
-        with autocast:
-            picture = trajectory(net, config, seeds, labels, device)
-        with replacing(path := folder.with_name(f"{folder.name}-trajectory.png")) as temporary:
-            picture.save(temporary, "PNG")
-        return print(f"wrote {path}")
-
-    files = {seed: folder / f"{seed:06d}.png" for seed in seeds}
-    label_of = dict(zip(seeds, labels))
-    missing = [seed for seed in seeds[rank::world] if not files[seed].exists()]
-    with (autocast, ThreadPoolExecutor(1) as writer,  # writes while the next batch is sampled
-          tqdm(total=len(missing), disable=rank > 0, bar_format="{l_bar}{bar}| {n:.0f}/{total} "
-               "images [{elapsed}<{remaining}]") as bar):
-        written = []
-        for part, images in sample_images(net, config, missing, [label_of[s] for s in missing],
-                                          device, args.batch, bar):
-            for job in written:
-                job.result()  # a full disk is noticed here
-            written = [writer.submit(write_png, files[seed], image)
-                       for seed, image in zip(part, images)]
-        for job in written:
-            job.result()
+              f"logsnr in {list(config.interval)}, {world} x {device}, {precision}")
+    with autocast_of(device, precision):
+        if args.trajectory and rank == 0:
+            draw_trajectory(folder, net, config, seeds, labels, device)
+        elif not args.trajectory:
+            label_of, mine = dict(zip(seeds, labels)), seeds[rank::world]
+            missing = [seed for seed in mine if not png(folder, seed).exists()]
+            write_pngs(folder, net, config, missing, [label_of[seed] for seed in missing], device,
+                       args.batch, hide_bar=rank > 0)
     agree()  # the last image is there
-    if rank == 0:
-        pack(args.format, folder, list(files.values()), labels, names)
+    if rank == 0 and not args.trajectory:
+        pack(folder, args.format, seeds, labels, names)
 
 
 def parse() -> argparse.Namespace:
@@ -142,17 +127,15 @@ def choose_classes(args: argparse.Namespace, names: list[str], num_classes: int)
     return [numbers[name] for name in args.classes]
 
 
-def open_folder_of_samples(args: argparse.Namespace, step: int, settings: dict, rank: int) -> Path:
+def open_samples(args: argparse.Namespace, settings: dict, rank: int) -> Path:
     """The folder of the PNGs, new or made with the same settings, which lie there as JSON."""
-    run = Path(args.run)
-    names = ("classes", "weights", "steps", "sampler", "gamma", "guidance", "interval", "precision")
-    said = []
-    for name in names:
+    given = []
+    for name in "classes weights steps sampler gamma guidance interval precision".split():
         value = getattr(args, name)
         if value not in (None, "ema", "auto"):
-            value = value if isinstance(value, list) else [value]
-            said += [name, *map(str, value)]
-    name = "-".join([f"samples-{step:07d}", *said])[:200]
+            given += [name, *map(str, value if isinstance(value, list) else [value])]
+    name = "-".join([f"samples-{settings['step']:07d}", *given])[:200]
+    run = Path(args.run)
     folder = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / name
     file = folder / "settings.json"
     if file.is_file():
@@ -167,23 +150,43 @@ def open_folder_of_samples(args: argparse.Namespace, step: int, settings: dict, 
     return folder
 
 
-def write_png(path: Path, image: np.ndarray):
-    with replacing(path) as temporary:
-        Image.fromarray(image).save(temporary, "PNG")
+def png(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
 
 
-def pack(kind: str, folder: Path, files: list[Path], labels: list[int], names: list[str]):
-    """The PNGs as a grid or an npz beside their folder."""
-    if kind == "folder":
-        return print(f"wrote {folder}")
-    path = folder.with_name(folder.name + (".png" if kind == "grid" else ".npz"))
-    with replacing(path) as temporary:
-        if kind == "grid":
-            images = np.stack([np.asarray(Image.open(file)) for file in files])
+def write_pngs(folder: Path, net, config: sid2.Config, seeds: list[int], labels: list[int], device,
+               batch: int, hide_bar: bool):
+    """The PNGs of these seeds. One thread writes them while the next batch is sampled."""
+
+    def write(seed: int, image: np.ndarray):
+        with replacing(png(folder, seed)) as temporary:
+            Image.fromarray(image).save(temporary, "PNG")
+
+    form = "{l_bar}{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}]"
+    with (ThreadPoolExecutor(1) as writer,
+          tqdm(total=len(seeds), bar_format=form, disable=hide_bar) as bar):
+        jobs = []
+        for part, images in sample_images(net, config, seeds, labels, device, batch, bar):
+            for job in jobs:
+                job.result()  # of the batch before: raises what went wrong, as a full disk
+            jobs = [writer.submit(write, seed, image) for seed, image in zip(part, images)]
+        for job in jobs:
+            job.result()
+
+
+def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: list[str]):
+    """Beside the folder of PNGs a grid or an npz of these seeds."""
+    files, path = [png(folder, seed) for seed in seeds], folder
+    if form == "grid":
+        path = folder.with_name(f"{folder.name}.png")
+        images = np.stack([np.asarray(Image.open(file)) for file in files])
+        with replacing(path) as temporary:
             grid(images, labels, names).save(temporary, "PNG")
-        else:
+    elif form == "npz":
+        path = folder.with_name(f"{folder.name}.npz")
+        with replacing(path) as temporary:
             write_npz(temporary, files, labels)
-    print(f"wrote {path}, its images in {folder}")
+    print(f"wrote {path}")
 
 
 def write_npz(path: Path, files: list[Path], labels: list[int]):
@@ -199,24 +202,30 @@ def write_npz(path: Path, files: list[Path], labels: list[int]):
             np.lib.format.write_array(out, np.asarray(labels))
 
 
-def trajectory(net, config: sid2.Config, seeds: list[int], labels: list[int], device):
+def draw_trajectory(folder: Path, net, config: sid2.Config, seeds: list[int], labels: list[int],
+                    device):
     """For each seed a row of z and one of x_hat, at eight noise levels from t = 1 to the sample.
-    The heading gives logsnr, with a star where the step was guided."""
-    t = torch.arange(config.sample_steps, 0, -1) / config.sample_steps
-    logsnr, _ = sid2.schedule(t, config.image_size, config.noise_low, config.noise_high)
-    shown = sorted(set(np.linspace(0, len(t) - 1, 8).round().astype(int).tolist()))
+    The heading says logsnr, with a star where the step was guided."""
+    logsnr = sid2.sampling_grid(config)
+    shown = sorted(set(np.linspace(0, len(logsnr) - 1, 8).round().astype(int).tolist()))
     guidance = config.guidance if config.num_classes else 1.0
     steps = sid2.sample_steps(net, seeds, torch.tensor(labels, device=device), config.num_classes,
                               logsnr, config.image_size, config.sampler, config.gamma, guidance,
                               config.interval)
     kept = [(to_uint8(z.clamp(-1, 1)), to_uint8(x_hat))
             for i, (z, x_hat) in enumerate(steps) if i in shown]
-    low, high = config.interval
-    guided = [guidance != 1 and low <= value < high for value in logsnr[shown].tolist()]
-    heading = [f"{value:.1f}{'*' * star}" for value, star in zip(logsnr[shown].tolist(), guided)]
-    rows = [(f"{name} {seed}", [pair[kind][i] for pair in kept])
-            for i, seed in enumerate(seeds) for kind, name in enumerate(("z", "x_hat"))]
-    return page(rows, heading)
+    heading = ["logsnr"]
+    for value in logsnr[shown].tolist():
+        guided = guidance != 1 and config.interval[0] <= value < config.interval[1]
+        heading.append(f"{value:.1f}*" if guided else f"{value:.1f}")
+    rows = []
+    for i, seed in enumerate(seeds):
+        rows.append((f"seed {seed}: z", [z[i] for z, _ in kept]))
+        rows.append(("x_hat", [x_hat[i] for _, x_hat in kept]))
+    path = folder.with_name(f"{folder.name}-trajectory.png")
+    with replacing(path) as temporary:
+        page(rows, heading).save(temporary, "PNG")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -437,7 +437,7 @@ def sample_steps(net, seeds: list[int], y: Tensor, null: int, logsnr: Tensor, im
     """Yields (z, x_hat) at every step; x_hat is clipped to [-1, 1], and the last is the sample.
 
     net(z, logsnr, y) -> v_hat; y: (B,) labels on the device to use; null: the null class; logsnr:
-    (S,) = schedule(t) at t = 1, 1 - 1/S, ..., 1/S. All noise of image i comes from seeds[i], so
+    (S,) from noise to data, as by sampling_grid. All noise of image i comes from seeds[i], so
     neither its batch nor the number of processes matters. Guidance, x_null + guidance
     (x_y - x_null), acts where interval[0] <= logsnr < interval[1] [GI]. Elsewhere, and at scale 1,
     only the conditional pass is paid: S (1 + f) passes for a fraction f of the steps.
@@ -469,12 +469,16 @@ def sample_steps(net, seeds: list[int], y: Tensor, null: int, logsnr: Tensor, im
             z = ddpm_step(z, x_hat, logsnr_t, logsnr[i + 1], gamma, normal())
 
 
+def sampling_grid(config: Config) -> Tensor:
+    """logsnr (S,) at the times 1, 1 - 1/S, ..., 1/S of the S steps [SD]."""
+    t = torch.arange(config.sample_steps, 0, -1) / config.sample_steps
+    return schedule(t, config.image_size, config.noise_low, config.noise_high)[0]
+
+
 def sample(net, config: Config, seeds: list[int], y: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] of B seeds and labels y (B,), on the device of y, sampled as
     config says; net(z, logsnr, y) -> v_hat is called once per step."""
-    S = config.sample_steps
-    logsnr, _ = schedule(torch.arange(S, 0, -1) / S, config.image_size, config.noise_low,
-                         config.noise_high)
+    logsnr = sampling_grid(config)
     guidance = config.guidance if config.num_classes else 1.0
     for _, x_hat in sample_steps(net, seeds, y, config.num_classes, logsnr, config.image_size,
                                  config.sampler, config.gamma, guidance, config.interval):

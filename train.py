@@ -663,17 +663,18 @@ def grid(images: np.ndarray, labels: list[int], names: list[str]) -> Image.Image
 
 
 def page(rows: list[tuple[str, list[np.ndarray]]], heading: list[str] = ()) -> Image.Image:
-    """Rows of images with a name on the left; small images are enlarged without smoothing."""
+    """Rows of images with a name on the left, and a heading for names and images, if there is one;
+    small images are enlarged without smoothing."""
     height = rows[0][1][0].shape[0]
     size = height * max(1, round(64 / height))
     font, cell = ImageFont.load_default(13), size + 2
-    widest = max(int(font.getlength(name)) for name, _ in rows)
+    widest = max(int(font.getlength(name)) for name in [*heading[:1], *(row[0] for row in rows)])
     left, top = widest + 8 if widest else 0, 18 if heading else 0
     width = left + cell * max(len(images) for _, images in rows)
     picture = Image.new("RGB", (width, top + cell * len(rows)), "white")
     draw = ImageDraw.Draw(picture)
     for j, text in enumerate(heading):
-        draw.text((left + j * cell + 2, 1), text, "black", font)
+        draw.text((left + (j - 1) * cell + 2 if j else 4, 1), text, "black", font)
     for i, (name, images) in enumerate(rows):
         draw.text((4, top + i * cell + size // 2 - 8), name, "black", font)
         for j, image in enumerate(images):
