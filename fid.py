@@ -3,17 +3,19 @@
     python fid.py DATA --save-stats ref.npz --crop 256     statistics of a reference, once
     python fid.py SAMPLES ref.npz [REFERENCE ...]          a folder or npz, against each reference
 
-`torchrun --nproc_per_node=8 -- fid.py ...` gives the same numbers: each image counts once. (The
+`torchrun --nproc_per_node=8 -- fid.py ...` shares out the images and gives the same numbers. (The
 `--` keeps torchrun from reading `--num` as its own.)
 
-    f, s, p = Inception(resize(8-bit image))    2,048 pooled, 2,023 spatial features; 1,008 classes
-    FID = |mu_1 - mu_2|² + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^½)    of f; sFID is the same of s
-    IS  = exp(E KL(p | E p)), mean over splits of 5,000
-    KID = E k(x, x') + E k(y, y') - 2 E k(x, y),   k(x, y) = (x·y / 2048 + 1)³
-    precision = share of samples inside the balls of the references, each as wide as to its third
-                neighbour; recall: roles swapped
+    f, s, p = Inception(image)    2,048 pooled features, 2,023 spatial ones, 1,008 probabilities
+    FID  = |mu_1 - mu_2|² + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^½)     mu, S: mean, covariance of f
+    sFID = the same of s
+    IS   = exp(mean of KL(p of an image | mean of p)), averaged over splits of 5,000 samples
+    KID  = E k(x, x') + E k(y, y') - 2 E k(x, y),   k(x, y) = (x·y / 2048 + 1)³,   x and y: f
+    precision = share of samples that lie in the ball of a reference image, whose radius is the
+                distance to its third nearest neighbour among the references; recall: roles swapped
 
-FID of N images is too large by what falls as 1/N: every number carries its N. KID has no bias.
+FID of N samples is too large by about a constant / N. So FID, sFID and IS carry N in their names,
+as in FID-50k, and compare at the same N only. KID has no such bias.
 Sources: [TTUR] FID, arXiv 1706.08500; [IS] 1606.03498; [ADM] the evaluator of 2105.05233; [PR]
 1904.06991; [KID] 1801.01401; [TF1] TensorFlow 1; [ours] our choice.
 """
@@ -35,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train import (ImageError, InputError, Parser, centre_crop, guarded, open_folder,
+from train import (InputError, Parser, centre_crop, guarded, open_folder,
                    open_npz, replacing, setup, write_json)
 
 # --------------------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ class Source:
 
 def images_of(path: Path, crop: int | None) -> Source:
     """All images in a folder and its sub-folders, as pytorch-fid reads them: converted to RGB, not
-    turned by EXIF; crop: ADM's, None for as they are."""
+    turned by EXIF. crop: size of ADM's centre crop; None: as they are."""
 
     def convert(image: PIL.Image.Image) -> PIL.Image.Image:
         image = image.convert("RGB")
@@ -259,8 +261,11 @@ SHAPES = dict(mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023)
 
 def statistics_of(path: Path, arrays: dict) -> dict:
     """Statistics as in SHAPES, of pytorch-fid, EDM, JiT, ADM or --save-stats."""
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if (mu in arrays) != (sigma in arrays):
+            raise InputError(f"{path} holds {', '.join(arrays)}; wanted: {mu} and {sigma} together")
     out = {}
-    for key in SHAPES.keys() & arrays.keys():
+    for key in (key for key in SHAPES if key in arrays):
         if arrays[key].dtype.kind not in "fiu":
             raise InputError(f"{path}: {key} is {arrays[key].dtype}; wanted: numbers")
         value = torch.from_numpy(np.asarray(arrays[key], np.float64))
@@ -283,15 +288,13 @@ def open_source(name: str, crop: int | None = None) -> Source:
     if path.is_dir():
         return images_of(path, crop)
     arrays = open_npz(path)
-    if not {"arr_0", "mu"} & arrays.keys() or ("mu" in arrays) != ("sigma" in arrays):
-        raise InputError(f"{path} holds {', '.join(arrays)}; wanted: arr_0, or mu and sigma")
-    source = Source(str(path))
-    if "mu" in arrays:
-        source.statistics = statistics_of(path, arrays)
+    source = Source(str(path), statistics=statistics_of(path, arrays))
     if "arr_0" in arrays:
         source.count, source.read = arrays["arr_0"].shape[0], arrays["arr_0"].__getitem__
-    labels = arrays.get("arr_1", np.zeros(1))
-    if labels.dtype.kind in "iu" and np.ptp(labels) and (np.diff(labels) >= 0).all():
+    if not source.read and "mu" not in source.statistics:
+        raise InputError(f"{path} holds {', '.join(arrays)}; wanted: arr_0, or mu and sigma")
+    labels = arrays.get("arr_1", np.zeros(0))
+    if len(set(labels.flat)) > 1 and (labels[1:] >= labels[:-1]).all():
         source.note = f"{path} is sorted by class: IS draws its splits, ADM's does not"
     return source
 
@@ -307,7 +310,8 @@ def measure(source: Source, numbers: np.ndarray, net: Callable, device: torch.de
     pooled, spatial, score = (torch.zeros(shape, dtype=torch.float64, device=place) for shape in
                               ((2049, 2049), (2024, 2024), (-(-n // split), 1008 + 2)))
     features = torch.zeros(min(keep, n), 2048, dtype=torch.float16, device=place)
-    # which are kept, and splits of IS [ours]: those of class-sorted samples have few classes
+    # a random order chooses the features that are kept and the splits of IS [ours]: in
+    # class-sorted samples a split would hold few classes
     order = torch.from_numpy(np.random.default_rng(0).permutation(n)).to(place)
 
     mine = np.array_split(np.arange(n), world)[rank]
@@ -342,7 +346,7 @@ def measure(source: Source, numbers: np.ndarray, net: Callable, device: torch.de
 
 
 def compare(fake: dict, real: dict, args) -> dict[str, float]:
-    """The metrics that both sets of statistics allow, by name; N is the number of samples."""
+    """The metrics that both sets of statistics allow, by name."""
     n, out = fake.get("n", "?"), {}
     n = f"{n // 1000}k" if n != "?" and n % 1000 == 0 else n
     for name, mu, sigma in ("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s"):
@@ -370,6 +374,8 @@ def main():
 
     # what is scored against what
     samples = open_source(args.samples, args.crop)
+    if samples.read:  # the samples themselves are measured, whatever else their file says of them
+        samples.statistics = {}
     references = [open_source(name, args.crop) for name in args.references]
     need = args.precision_recall or args.kid
     check_sources(args, samples, references, need)
@@ -440,7 +446,9 @@ def check_sources(args: argparse.Namespace, samples: Source, references: list, n
 
 
 def check_outputs(files: list[Path], out: Path, settings: dict):
-    """A result replaces one of the same settings only."""
+    """Only a result of the same settings is replaced."""
+    if len(set(files)) < len(files):
+        raise InputError(f"--out and --save-stats both name {out}: give another name to one")
     try:
         before = dict(json.loads(out.read_text())["settings"])
     except (OSError, ValueError, LookupError, TypeError):

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 import sid2
 from train import (InputError, Parser, agree, autocast_of, check, check_settings, choose_labels,
-                   choose_precision, grid, guarded, load_checkpoint, page, replacing, sample_images, setup,
-                   shown_classes, to_uint8, write_json)
+                   choose_precision, grid, guarded, load_checkpoint, page, replacing,
+                   sample_images, setup, shown_classes, to_uint8, write_json)
 
 
 def main():

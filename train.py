@@ -140,7 +140,13 @@ class Batches(Dataset):
             self.epoch, self.order = epoch, rng.permutation(len(self.data.labels))
         return self.order[place]
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
+    def __getitem__(self, step: int):
+        try:
+            return self.draw(step)
+        except ImageError as error:  # raised by the process that asked, not in this one
+            return error
+
+    def draw(self, step: int) -> tuple[torch.Tensor, ...]:
         c, place = self.config, self.place
         rng = np.random.default_rng([self.seed, 0, step])
         start = rng.random()
@@ -166,9 +172,9 @@ def open_loader(batches: Batches, start: int, workers: int | None, device) -> Da
 
 
 def deaf(_):
-    """A loader process leaves signals to the process that asks it for images."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A loader process leaves Ctrl-C, and the first SIGTERM, to the process that it works for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,8 +199,8 @@ def guarded(main):
         code = 0
     except KeyboardInterrupt:
         code, message = 130, "interrupted; what was written before is whole"
-    except InputError as error:  # a loader process puts its traceback before the message
-        message = str(error).split("Error: ")[-1]
+    except InputError as error:
+        message = str(error)
         if not isinstance(error, ImageError) and os.environ.get("RANK", "0") != "0":
             raise SystemExit(code)  # the first process says the same
     except OSError as error:  # no space, no permission, a disk that went away
@@ -340,6 +346,7 @@ def check(config: sid2.Config, **flags):
          "workers", "must not be negative", lambda n: n >= 0),
         ("dropout ema label_dropout gamma", "must lie in [0, 1]", lambda n: 0 <= n <= 1),
         ("bias guidance", "must be finite", math.isfinite),
+        ("betas", "must lie in [0, 1)", lambda pair: 0 <= min(pair) <= max(pair) < 1),
         ("width", "must be even and positive", lambda n: n > 0 and n % 2 == 0),
         ("interval", "needs the lower number first", lambda pair: pair[0] < pair[1]),
         ("blocks", f"needs a letter R or T for each of the {len(channels)} channels",
@@ -380,6 +387,15 @@ def replacing(path: Path):
         temporary.unlink(missing_ok=True)
 
 
+def save(state: dict, path: Path):
+    """torch.save, but a full disk is called by its name: torch hides the file's own error."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+
 def write_json(path: Path, value):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1))
@@ -416,8 +432,8 @@ def load_checkpoint(path: str | Path) -> dict:
         state["config"] = sid2.Config(**state["config"])
         with torch.device("meta"):
             net = sid2.ResidualUViT(state["config"])
-        for name in ("net", "ema"):
-            net.load_state_dict(state[name], assign=True)
+        for name in ("net", "ema"):  # a copy, as torch notes in the original that it was assigned
+            net.load_state_dict(dict(state[name]), assign=True)
         return {key: state[key] for key in ("config", "classes", "step", "seconds", "skipped",
                                             "net", "ema", "optimizer")}
     except (InputError, PermissionError, MemoryError):
@@ -472,13 +488,13 @@ class Run:
         said = f"a new run in {self.folder}"
         if os.path.lexists(self.folder / "checkpoint.pt"):
             state = load_checkpoint(self.folder)
-            net.load_state_dict(state["net"])
-            ema.load_state_dict(state["ema"])
             try:
+                net.load_state_dict(state["net"])
+                ema.load_state_dict(state["ema"])
                 optimizer.load_state_dict(state["optimizer"])
             except (KeyError, RuntimeError, TypeError, ValueError):
-                raise InputError(f"the optimiser in {self.folder / 'checkpoint.pt'} is not that of "
-                                 "its network: the file is damaged")
+                raise InputError(f"{self.folder / 'checkpoint.pt'} does not hold the network and "
+                                 "optimiser of this run: give another --out")
             self.done, self.seconds = state["step"], state["seconds"]
             self.skipped = state["skipped"]
             said = f"resumed at step {self.done}"
@@ -524,6 +540,8 @@ class Run:
             begun = time.perf_counter()
             for item in loader:
                 self.waited += time.perf_counter() - begun
+                if isinstance(item, ImageError):
+                    raise item
                 yield item
                 begun = time.perf_counter()
 
@@ -582,8 +600,7 @@ class Run:
                          seconds=self.seconds, skipped=self.skipped, net=net.state_dict(),
                          ema=ema.state_dict(), optimizer=optimizer.state_dict())
             with replacing(self.folder / "checkpoint.pt") as temporary:
-                with open(temporary, "wb") as file:  # so that a full disk is called by its name
-                    torch.save(state, file)
+                save(state, temporary)
         self.since = time.perf_counter()  # saving is not training
 
     def draw(self, done: int, ema: torch.nn.Module):
@@ -780,7 +797,7 @@ class Folder:
             except Exception as error:  # Pillow's decoders raise many kinds
                 said = f"{self.files[place]} is no readable image ({error})"
             if not self.skip_bad:
-                raise ImageError(f"{said}: repair or remove it, or --skip-bad takes the next one")
+                raise ImageError(f"{said}: repair or remove it; train.py --skip-bad takes the next")
             print(f"warning: {said}: the next one is taken", file=sys.stderr)
         raise ImageError(f"none of the images in {self.name} can be read")
 
@@ -929,9 +946,12 @@ def open_cifar10(size: int) -> Stored:
             raise InputError(f"could not download CIFAR-10 ({error}): fetch {CIFAR10} elsewhere "
                              f"and put it at {archive}")
     agree()  # it is there
-    with tarfile.open(archive) as tar:
-        members = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
-        raw = b"".join(tar.extractfile(member).read() for member in members)
+    try:
+        with tarfile.open(archive) as tar:
+            members = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
+            raw = b"".join(tar.extractfile(member).read() for member in members)
+    except (tarfile.TarError, EOFError, KeyError) as error:
+        raise InputError(f"{archive} is damaged ({error}): remove it, the next run fetches it again")
     records = np.frombuffer(raw, np.uint8).reshape(50_000, 1 + 3 * 32 * 32)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Stored("cifar10", np.ascontiguousarray(images), records[:, 0], CIFAR10_CLASSES)
