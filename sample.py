@@ -129,8 +129,12 @@ def choose_classes(args: argparse.Namespace, names: list[str], num_classes: int)
 
 def open_samples(args: argparse.Namespace, settings: dict, rank: int) -> Path:
     """The folder of the PNGs, new or made with the same settings, which lie there as JSON."""
-    given = []
-    for name in "classes weights steps sampler gamma guidance interval precision".split():
+    given, classes = [], settings["classes"]
+    num_classes = settings["config"]["num_classes"]
+    if classes != shown_classes(num_classes):
+        everything = classes == list(range(num_classes))
+        given = ["classes", *(["all"] if everything else map(str, classes))]
+    for name in "weights steps sampler gamma guidance interval precision".split():
         value = getattr(args, name)
         if value not in (None, "ema", "auto"):
             given += [name, *map(str, value if isinstance(value, list) else [value])]

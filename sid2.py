@@ -1,16 +1,17 @@
 """SiD2, Simpler Diffusion (arXiv 2410.19324): pixel-space diffusion. The method in six lines:
 
-    logsnr = -2 log tan(u(t)) + (1 - t) shift(image size) + t shift(32)    t = 0 data, t = 1 noise
+    logsnr = -2 log tan(u) + t shift     from t = 0, data, to t = 1, noise; shift by image size
     z    = alpha x + sigma eps       alpha² = sigmoid(logsnr), sigma² = sigmoid(-logsnr)
     v    = alpha eps - sigma x       v_hat = network(z, logsnr, y), x_hat = alpha z - sigma v_hat
     loss = E_t ½ (-dlogsnr/dt) sigmoid(bias - logsnr) |eps - eps_hat|²
     h    = high + up(h - low)        the network's only skip: what the level below has changed
     z_s  = r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x_hat + noise,  r = exp(logsnr_t - logsnr_s)
 
-Two calls are the recipe: `training_loss(net, config, x, y, t, eps)` and `sample(net, config, seeds,
-y)`. The alphabet, here and in the scripts: x clean image (B, 3, H, W) in [-1, 1]; z noisy image;
-eps noise; v what the network predicts; _hat an estimate; t > s times in [0, 1]; logsnr in nats;
-y class label (B,); h features (B, H, W, C); c conditioning vector (B, width).
+The names in these lines are explained where they are defined. Two calls are the recipe:
+`training_loss(net, config, x, y, t, eps)` and `sample(net, config, seeds, y)`. The alphabet, here
+and in the scripts: x clean image (B, 3, H, W) in [-1, 1]; z noisy image; eps noise; v what the
+network predicts; _hat an estimate; t > s times in [0, 1]; logsnr in nats; y class label (B,);
+h features (B, H, W, C); c conditioning vector (B, width).
 
 No code of the authors was ever released. Every constant says in brackets where it comes from:
     [SiD2]    the paper's abstract and introduction, read at first hand
@@ -57,8 +58,8 @@ class Config:
     dropout: float = 0.1  # in transformer blocks only [SiD2*]
     num_classes: int = 1000  # ImageNet [SiD2]; 0: unconditional; label num_classes: null class
     # noise process and loss
-    noise_low: int = 32  # noise resolution at t = 1, in pixels [SiD2*]
-    noise_high: int = 0  # noise resolution at t = 0; 0 means the image size [SiD2*] [MCM]
+    noise_low: int = 32  # at t = 1 as noisy as this many pixels would be, unshifted [SiD2*]
+    noise_high: int = 0  # the same at t = 0; 0 means the image size [SiD2*] [MCM]
     bias: float = 0.0  # b of the weighting sigmoid(b - logsnr), by resolution [SiD2*] [VDM++]
     # training
     steps: int = 500_000  # [SD]
@@ -81,9 +82,9 @@ class Config:
 
 # `shapes` is for minutes on two CPU cores, `cifar10` for one GPU. The other rows are the paper's,
 # and were not trained here. imagenet64 has a network of its own [MCM]. All rows from 128 pixels up
-# are one network: compute grows by finer patches, not by more parameters [SiD2]. Its channels and
-# blocks are [SiD2*]. Noise 32 -> image size: 64 and 128 px [MCM], 512 px [SiD2*], 256 px by analogy
-# [derived]. Bias: 64 px [VDM++], above [SiD2*].
+# are one network: compute grows by finer patches, not by more parameters [SiD2]. Sources of these
+# rows: channels and blocks [SiD2*]; noise from 32 to the image size [MCM] for 64 and 128 px,
+# [SiD2*] for 512 px, by analogy [derived] for 256 px; bias [VDM++] for 64 px, [SiD2*] for the rest.
 PRESETS = {
     "shapes": Config(16, 1, (32, 64, 128), "RRT", depth=2, middle=2, width=256, head_width=64,
                      dropout=0.0, num_classes=6, noise_high=32, bias=2.0, steps=1200, batch=64,
@@ -115,8 +116,8 @@ def schedule(t: Tensor, image_size: int, noise_low: int = 32,  # [SiD2*]
     The cosine term runs from +10 to -10 ([SD] has 15), so both ends are finite. The shift is
     [SD]'s: averaging 2x2 pixels divides the noise variance by 4, so 128 px at noise resolution 64,
     pooled to 64 px, is exactly as noisy as 64 px unshifted. noise_high = 0 means the image size,
-    whose shift is 0. That is the point of the interpolation: at the clean end fine detail gets as
-    much training at any size, and at the noisy end any size is as noisy as 32 px.
+    whose shift is 0. The point of the interpolation: at the clean end nothing is shifted, so fine
+    detail is trained alike at any size; at the noisy end any size is as noisy as 32 px.
 
     Trap: public transcriptions of the paper print the shift with the opposite sign and half the
     size. Trap: computed in bfloat16, logsnr is off by up to 1.3 nats.
@@ -176,13 +177,13 @@ def sigmoid_loss(v_hat: Tensor, v: Tensor, logsnr: Tensor, slope: Tensor, bias: 
 
         ½ (-dlogsnr/dt) sigmoid(bias - logsnr) |eps - eps_hat|²
 
-    The same weight stands at first hand in [UL]. The network's error is in v: eps - eps_hat =
-    alpha (v - v_hat), hence the factor alpha² = sigmoid(logsnr). The loss is a mean over pixels and
-    channels, in nats per dimension: with weight 1 it is the diffusion part of the variational
-    bound. Because of the factor -dlogsnr/dt its mean over t depends on the schedule through the two
-    end points only.
+    We read this weight ourselves in [UL]. The network's error is in v: eps - eps_hat =
+    alpha (v - v_hat), hence alpha² = sigmoid(logsnr) in the code. The loss is a mean over pixels
+    and channels, in nats per dimension: with 1 in place of sigmoid(bias - logsnr) it is the
+    diffusion part of the variational bound. Because of -dlogsnr/dt its mean over t depends on the
+    schedule through the two end points only.
 
-    Traps: public SiD2 losses leave out that factor, or put the weight that belongs to the error in
+    Traps: public SiD2 losses leave out -dlogsnr/dt, or put the weight that belongs to the error in
     x, e^bias sigmoid(logsnr - bias) [SiD2*], on the error in v.
     """
     weight = 0.5 * -slope * torch.sigmoid(bias - logsnr) * torch.sigmoid(logsnr)
@@ -191,7 +192,8 @@ def sigmoid_loss(v_hat: Tensor, v: Tensor, logsnr: Tensor, slope: Tensor, bias: 
 
 def training_loss(net, config: Config, x: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """The loss of each image, (B,), at times t (B,) with noise eps (B, 3, H, W); backpropagate its
-    mean. net(z, logsnr, y) -> v_hat may be any callable."""
+    mean. net(z, logsnr, y) -> v_hat may be any callable. In y the share config.label_dropout is
+    the null class, config.num_classes, already."""
     logsnr, slope = schedule(t, config.image_size, config.noise_low, config.noise_high)
     z, v = diffuse(x, eps, logsnr), v_from_x_eps(x, eps, logsnr)
     return sigmoid_loss(net(z, logsnr, y), v, logsnr, slope, config.bias)
@@ -337,7 +339,7 @@ class ResidualUViT(nn.Module):
     and no other [SiD2*]. Patch layers are linear [ours]: 3x3 would add 1.2 % GMAC at 512 px with
     patch 4. Initialisation [ours]: the zero layers and the position embedding as said where they
     are built, all others with torch's defaults; for weights and biases of linear layers and
-    convolutions these are uniform, with variance 1 / (3 inputs).
+    convolutions these are uniform, with variance 1 / (3 n), n the inputs of one output.
     """
 
     def __init__(self, config: Config):
@@ -415,7 +417,7 @@ def ddpm_step(z: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, gamm
         variance = (1 - r) sigma_s^(2 - 2 gamma) sigma_t^(2 gamma)
 
     gamma = 0 is exact when the data are one point, gamma = 1 when they are standard normal. Trap:
-    1 - r by expm1; else a step of 1e-4 nats near logsnr 0 keeps four digits.
+    1 - r by expm1; else a step of 1e-4 nats keeps four digits of its noise variance.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
     r = torch.exp(logsnr_t - logsnr_s)[..., None, None, None]
@@ -437,7 +439,7 @@ def sample_steps(net, seeds: list[int], y: Tensor, null: int, logsnr: Tensor, im
     """Yields (z, x_hat) at every step; x_hat is clipped to [-1, 1], and the last is the sample.
 
     net(z, logsnr, y) -> v_hat; y: (B,) labels on the device to use; null: the null class; logsnr:
-    (S,) from noise to data, as by sampling_grid. All noise of image i comes from seeds[i], so
+    (S,) from noise to data, as sampling_grid below. All noise of image i comes from seeds[i], so
     neither its batch nor the number of processes matters. Guidance, x_null + guidance
     (x_y - x_null), acts where interval[0] <= logsnr < interval[1] [GI]. Elsewhere, and at scale 1,
     only the conditional pass is paid: S (1 + f) passes for a fraction f of the steps.
@@ -477,7 +479,7 @@ def sampling_grid(config: Config) -> Tensor:
 
 def sample(net, config: Config, seeds: list[int], y: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] of B seeds and labels y (B,), on the device of y, sampled as
-    config says; net(z, logsnr, y) -> v_hat is called once per step."""
+    config says. net(z, logsnr, y) -> v_hat is called once per step, with 2 B where guided."""
     logsnr = sampling_grid(config)
     guidance = config.guidance if config.num_classes else 1.0
     for _, x_hat in sample_steps(net, seeds, y, config.num_classes, logsnr, config.image_size,
@@ -493,8 +495,8 @@ def sample(net, config: Config, seeds: list[int], y: Tensor) -> Tensor:
 @torch.no_grad()
 def ema_update(average: nn.Module, net: nn.Module, updates: int, decay: float):
     """average = decay average + (1 - decay) net, for all parameters; buffers are not averaged, and
-    this network has none. `updates` were done before: in the first ones the decay is smaller, so
-    that short runs forget their first weights.
+    this network has none. updates: how many were done before; the decay grows from 0.1 on, so that
+    short runs forget their first weights.
 
     torch._foreach_lerp_ is private: it does in one call for all tensors what Tensor.lerp_ does.
     """

@@ -16,6 +16,7 @@ import copy
 import functools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import struct
@@ -172,9 +173,9 @@ def open_loader(batches: Batches, start: int, workers: int | None, device) -> Da
 
 
 def deaf(_):
-    """A loader process leaves Ctrl-C, and the first SIGTERM, to the process that it works for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    """A loader process leaves signals to the process that it works for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -204,9 +205,12 @@ def guarded(main):
         if not isinstance(error, ImageError) and os.environ.get("RANK", "0") != "0":
             raise SystemExit(code)  # the first process says the same
     except OSError as error:  # no space, no permission, a disk that went away
-        message = f"cannot read or write: {error}; what was written before is whole"
+        reason = str(error).splitlines()[-1]  # a loader process puts its traceback before it
+        message = f"cannot read or write: {reason}; what was written before is whole"
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory: --batch, in train.py --micro-batch, takes fewer images at once"
+    finally:
+        end_loaders()
     if code:
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         raise SystemExit(code)
@@ -216,6 +220,15 @@ def guarded(main):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # gloo's threads may abort while Python shuts down, so it does not
+
+
+def end_loaders():
+    """Kills the loader processes that an error has left. They do not hear SIGTERM, by which Python
+    would end them, and it would wait for ever."""
+    if loaders := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        for loader in loaders:
+            loader.kill()
 
 
 def setup(name: str) -> tuple[int, int, torch.device]:
@@ -641,13 +654,16 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
     up, as a compiled network would be compiled again for a smaller one. The bar counts images."""
     batches = max(1, math.ceil(len(seeds) / batch))
     size = max(1, math.ceil(len(seeds) / batches))
+    calls = 0
     for first in range(0, len(seeds), size):
         mine = slice(first, first + size)
         part, y = seeds[mine], labels[mine]
         missing = size - len(part)
 
         def watched(*inputs):
-            bar.update(len(part) / config.sample_steps)
+            nonlocal calls
+            calls += len(part)
+            bar.update(calls / config.sample_steps - bar.n)
             return net(*inputs)
 
         y = torch.tensor(y + y[:1] * missing, device=device)
@@ -950,9 +966,9 @@ def open_cifar10(size: int) -> Stored:
         with tarfile.open(archive) as tar:
             members = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
             raw = b"".join(tar.extractfile(member).read() for member in members)
-    except (tarfile.TarError, EOFError, KeyError) as error:
+        records = np.frombuffer(raw, np.uint8).reshape(50_000, 1 + 3 * 32 * 32)
+    except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
         raise InputError(f"{archive} is damaged ({error}): remove it, the next run fetches it again")
-    records = np.frombuffer(raw, np.uint8).reshape(50_000, 1 + 3 * 32 * 32)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Stored("cifar10", np.ascontiguousarray(images), records[:, 0], CIFAR10_CLASSES)
 
