@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import sid2
 from train import (InputError, Parser, agree, autocast_of, check, check_settings, choose_labels,
@@ -75,7 +74,7 @@ def parse() -> argparse.Namespace:
     add("--weights", choices=["ema", "raw"], default="ema")
     add("--steps", type=int, help="default of this and the next four: as the run was configured")
     add("--sampler", choices=["ddpm", "ddim"])
-    add("--gamma", type=float, help="DDPM noise: 0 its lower bound, 1 its upper bound")
+    add("--gamma", type=float, help="variance of the DDPM noise: 0 lower bound, 1 upper bound")
     add("--guidance", type=float, help="scale; 1 is none")
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="guidance where LOW <= logsnr < HIGH; -99 99 is everywhere")
@@ -166,11 +165,9 @@ def write_pngs(folder: Path, net, config: sid2.Config, seeds: list[int], labels:
         with replacing(png(folder, seed)) as temporary:
             Image.fromarray(image).save(temporary, "PNG")
 
-    form = "{l_bar}{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}]"
-    with (ThreadPoolExecutor(1) as writer,
-          tqdm(total=len(seeds), bar_format=form, disable=hide_bar) as bar):
+    with ThreadPoolExecutor(1) as writer:
         jobs = []
-        for part, images in sample_images(net, config, seeds, labels, device, batch, bar):
+        for part, images in sample_images(net, config, seeds, labels, device, batch, hide_bar):
             for job in jobs:
                 job.result()  # of the batch before: raises what went wrong, as a full disk
             jobs = [writer.submit(write, seed, image) for seed, image in zip(part, images)]

@@ -75,7 +75,7 @@ class Config:
     # sampling
     sampler: str = "ddpm"  # or "ddim" [SiD2*]
     sample_steps: int = 512  # [SiD2*]
-    gamma: float = 0.2  # DDPM noise: 0 its lower bound, 1 its upper bound [SD]
+    gamma: float = 0.2  # DDPM noise variance: 0 lower, 1 upper bound, in the log between [SD]
     guidance: float = 2.0  # scale inside the interval; 1 is no guidance [GI]
     interval: tuple = (-2.13, 2.55)  # of logsnr: noise 0.28 < sigma / alpha <= 2.90 [GI]
 

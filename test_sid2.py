@@ -1602,8 +1602,9 @@ def test_every_flag_of_sample_reaches_the_sampler(finished, tmp_path):
 def test_a_trajectory_ends_in_the_sample(finished, tmp_path):
     """A row of z and one of x_hat for each seed, at up to eight noise levels; the last x_hat is the
     sample."""
-    make_samples(finished, "--out", tmp_path / "x", "--seeds", 1, 2, "--steps", 9, "--trajectory")
-    make_samples(finished, "--out", tmp_path / "x", "--seeds", 1, 2, "--steps", 9, "--format", "folder")
+    flags = ["--out", tmp_path / "x", "--seeds", 1, 2, "--steps", 9]
+    make_samples(finished, *flags, "--trajectory")
+    make_samples(finished, *flags, "--format", "folder")
     picture = Image.open(tmp_path / "x-trajectory.png")
     left = picture.width - 8 * 66
     assert 0 < left < 120 and picture.height == 18 + 4 * 66
@@ -1925,10 +1926,8 @@ def test_samples_are_recognised():
                                      ("unguided", state["ema"], 1.0),
                                      ("guided", state["ema"], config.guidance)):
         net.load_state_dict(weights)
-        bar = train.tqdm(disable=True)
         with train.autocast_of(cpu, train.choose_precision(cpu, "auto")):
-            parts = train.sample_images(net, replace(config, guidance=guidance), seeds, y, cpu, 64,
-                                        bar)
+            parts = train.sample_images(net, replace(config, guidance=guidance), seeds, y, cpu, 64)
             sets[title] = np.concatenate([images for _, images in parts]), np.array(y)
     sets["guided, wrong label"] = sets["guided"][0], (np.array(y) + 1) % config.num_classes
     for file in sorted(folder.glob("*.npz")):

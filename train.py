@@ -77,7 +77,7 @@ def main():
             loss = torch.zeros((), device=device)
             for k in range(0, local, micro):
                 *tensors, seeds = (whole[k : k + micro] for whole in batch)
-                x, y, t = (tensor.to(device, non_blocking=True) for tensor in tensors)
+                x, y, t = (w.to(device, non_blocking=w.is_pinned()) for w in tensors)
                 x = x.permute(0, 3, 1, 2).contiguous() / 127.5 - 1  # uint8 -> [-1, 1]
                 eps = noise(seeds.tolist(), x, generator)
                 model.require_backward_grad_sync = k + micro == local  # DDP: with the last part
@@ -144,7 +144,7 @@ class Batches(Dataset):
     def __getitem__(self, step: int):
         try:
             return self.draw(step)
-        except ImageError as error:  # raised by the process that asked, not in this one
+        except (ImageError, OSError) as error:  # raised by the process that asked, not in this one
             return error
 
     def draw(self, step: int) -> tuple[torch.Tensor, ...]:
@@ -205,8 +205,7 @@ def guarded(main):
         if not isinstance(error, ImageError) and os.environ.get("RANK", "0") != "0":
             raise SystemExit(code)  # the first process says the same
     except OSError as error:  # no space, no permission, a disk that went away
-        reason = str(error).splitlines()[-1]  # a loader process puts its traceback before it
-        message = f"cannot read or write: {reason}; what was written before is whole"
+        message = f"cannot read or write: {error}; what was written before is whole"
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory: --batch, in train.py --micro-batch, takes fewer images at once"
     finally:
@@ -553,7 +552,7 @@ class Run:
             begun = time.perf_counter()
             for item in loader:
                 self.waited += time.perf_counter() - begun
-                if isinstance(item, ImageError):
+                if isinstance(item, Exception):
                     raise item
                 yield item
                 begun = time.perf_counter()
@@ -622,9 +621,8 @@ class Run:
             shown = shown_classes(self.config.num_classes)
             seeds = list(range(8 * len(shown)))
             labels = choose_labels(seeds, shown, self.config.num_classes)
-            autocast = autocast_of(self.device, self.precision)
-            with autocast, tqdm(total=len(seeds), desc="samples", leave=False) as bar:
-                batches = sample_images(ema, self.config, seeds, labels, self.device, 64, bar)
+            with autocast_of(self.device, self.precision):
+                batches = sample_images(ema, self.config, seeds, labels, self.device, 64)
                 images = np.concatenate([images for _, images in batches])
             with replacing(self.folder / f"samples/{done:07d}.png") as temporary:
                 grid(images, labels, self.classes).save(temporary, "PNG")
@@ -649,26 +647,25 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 
 def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int], device,
-                  batch: int, bar: tqdm):
+                  batch: int, hide_bar: bool = False):
     """Yields seeds and their images, (B, H, W, 3) uint8, in batches of one size: the last is filled
     up, as a compiled network would be compiled again for a smaller one. The bar counts images."""
     batches = max(1, math.ceil(len(seeds) / batch))
     size = max(1, math.ceil(len(seeds) / batches))
-    calls = 0
-    for first in range(0, len(seeds), size):
-        mine = slice(first, first + size)
-        part, y = seeds[mine], labels[mine]
-        missing = size - len(part)
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}]"
+    with tqdm(total=len(seeds) * config.sample_steps, unit_scale=1 / config.sample_steps,
+              bar_format=form, leave=False, disable=hide_bar) as bar:
 
         def watched(*inputs):
-            nonlocal calls
-            calls += len(part)
-            bar.update(calls / config.sample_steps - bar.n)
+            bar.update(len(part))
             return net(*inputs)
 
-        y = torch.tensor(y + y[:1] * missing, device=device)
-        x_hat = sid2.sample(watched, config, part + part[:1] * missing, y)
-        yield part, to_uint8(x_hat)[: len(part)]
+        for first in range(0, len(seeds), size):
+            part, y = seeds[first : first + size], labels[first : first + size]
+            missing = size - len(part)
+            y = torch.tensor(y + y[:1] * missing, device=device)
+            x_hat = sid2.sample(watched, config, part + part[:1] * missing, y)
+            yield part, to_uint8(x_hat)[: len(part)]
 
 
 def choose_labels(seeds: list[int], classes: list, num_classes: int) -> list[int]:
@@ -968,7 +965,7 @@ def open_cifar10(size: int) -> Stored:
             raw = b"".join(tar.extractfile(member).read() for member in members)
         records = np.frombuffer(raw, np.uint8).reshape(50_000, 1 + 3 * 32 * 32)
     except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
-        raise InputError(f"{archive} is damaged ({error}): remove it, the next run fetches it again")
+        raise InputError(f"{archive} is damaged ({error}): remove it, the next run fetches it")
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Stored("cifar10", np.ascontiguousarray(images), records[:, 0], CIFAR10_CLASSES)
 
