@@ -654,7 +654,7 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
     size = max(1, math.ceil(len(seeds) / batches))
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}]"
     with tqdm(total=len(seeds) * config.sample_steps, unit_scale=1 / config.sample_steps,
-              bar_format=form, leave=False, disable=hide_bar) as bar:
+              bar_format=form, leave=None, disable=hide_bar) as bar:  # None: if it stands alone
 
         def watched(*inputs):
             bar.update(len(part))
