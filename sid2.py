@@ -21,6 +21,7 @@ No code of the authors was ever released. Every constant says in brackets where 
     [VDM++]   Kingma & Gao 2023, arXiv 2303.00848, the source of the sigmoid weighting
     [MCM]     Multistep Consistency Models, arXiv 2403.06807, same group, same network
     [UL]      Unified Latents, arXiv 2602.17270, the group's next paper, read at first hand
+    [DFoT]    History-guided video diffusion, arXiv 2502.06764, on a SiD2-style network, read likewise
     [GI]      Kynkäänniemi et al. 2024, arXiv 2404.07724, guidance in a limited interval
     [derived] arithmetic from the above, shown by a test
     [ours]    in no text that we could read: our choice, with its reason
@@ -84,7 +85,8 @@ class Config:
 # and were not trained here. imagenet64 has a network of its own [MCM]. All rows from 128 pixels up
 # are one network: compute grows by finer patches, not by more parameters [SiD2]. Sources of these
 # rows: channels and blocks [SiD2*]; noise from 32 to the image size [MCM] for 64 and 128 px,
-# [SiD2*] for 512 px, by analogy [derived] for 256 px; bias [VDM++] for 64 px, [SiD2*] for the rest.
+# [SiD2*] for 512 px, by analogy [derived] for 256 px; bias [VDM++] for 64 px, [SiD2*] for the rest,
+# and -1 at 256 px stands in [DFoT] too.
 PRESETS = {
     "shapes": Config(16, 1, (32, 64, 128), "RRT", depth=2, middle=2, width=256, head_width=64,
                      dropout=0.0, num_classes=6, noise_high=32, bias=2.0, steps=1200, batch=64,

@@ -74,7 +74,7 @@ def shaken(config=TINY, seed=0, scale=0.3):
 # --------------------------------------------------------------------------------------------------
 # 1. Configuration
 
-TAG = r"\[(SiD2\*?|SD|VDM(?:\+\+)?|MCM|UL|GI|derived|ours)\]"
+TAG = r"\[(SiD2\*?|SD|VDM(?:\+\+)?|MCM|UL|DFoT|GI|derived|ours)\]"
 
 
 def test_every_constant_says_where_it_comes_from():
@@ -97,7 +97,7 @@ def test_every_constant_says_where_it_comes_from():
     assert ours.count("[ours]") == ours.count("Config(") == 2
     assert papers.count("Config(") == len(PAPER)
     comment = above.split("\n\n")[-1]
-    assert set(re.findall(TAG, comment)) == {"SiD2", "SiD2*", "MCM", "VDM++", "derived"}
+    assert set(re.findall(TAG, comment)) == {"SiD2", "SiD2*", "MCM", "VDM++", "DFoT", "derived"}
 
 
 def test_tags_do_not_promise_more_than_is_known():
