@@ -21,7 +21,7 @@ No code of the authors was ever released. Every constant says in brackets where 
     [VDM++]   Kingma & Gao 2023, arXiv 2303.00848, the source of the sigmoid weighting
     [MCM]     Multistep Consistency Models, arXiv 2403.06807, same group, same network
     [UL]      Unified Latents, arXiv 2602.17270, the group's next paper, read at first hand
-    [DFoT]    History-guided video diffusion, arXiv 2502.06764, on a SiD2-style network, read likewise
+    [DFoT]    History-guided video diffusion, arXiv 2502.06764, a similar network, read likewise
     [GI]      Kynkäänniemi et al. 2024, arXiv 2404.07724, guidance in a limited interval
     [derived] arithmetic from the above, shown by a test
     [ours]    in no text that we could read: our choice, with its reason
