@@ -134,12 +134,14 @@ def test_paper_presets_hold_the_papers_hyperparameters():
     rows = [sid2.PRESETS[name] for name in PAPER]
     assert [c.bias for c in rows] == [2, 0, -1, -1, -3, -3]
     assert [c.patch_size for c in rows] == [1, 1, 2, 1, 4, 2]
+    small, large = ((256, 512, 1024), "RTT"), ((128, 256, 512, 1024), "RRTT")
+    assert [(c.channels, c.blocks) for c in rows] == [small, *5 * [large]]
     for c in rows:
         assert (c.noise_low, c.noise_high or c.image_size) == (32, c.image_size)
         assert (c.depth, c.middle, c.width, c.dropout, c.num_classes) == (3, 16, 1024, 0.1, 1000)
         assert (c.steps, c.batch, c.lr, c.warmup) == (500_000, 2048, 1e-4, 10_000)
         assert (c.betas, c.adam_eps, c.clip) == ((0.9, 0.99), 1e-12, 1.0)
-        assert (c.ema, c.label_dropout) == (0.9999, 0.1)
+        assert (c.ema, c.label_dropout, c.flip) == (0.9999, 0.1, True)
         assert (c.sampler, c.sample_steps, c.gamma) == ("ddpm", 512, 0.2)
         low, high = c.interval  # of logsnr = -2 log sigma; the cited one is 0.28 < sigma <= 2.90
         assert low == pytest.approx(-2 * math.log(2.90), abs=5e-3)
