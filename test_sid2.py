@@ -188,7 +188,7 @@ def test_the_schedule_runs_from_plus_ten_to_minus_ten_plus_its_shifts():
     for size, low, high in [(64, 64, 64), (512, 32, 512), (16, 32, 32), (128, 32, 128)]:
         logsnr, _ = sid2.schedule(T, size, low, high)
         shift_low, shift_high = 2 * math.log(low / size), 2 * math.log(high / size)
-        assert logsnr[0].item() == pytest.approx(10 + shift_high, abs=1e-4)
+        assert logsnr[0].item() == pytest.approx(10 + shift_high, abs=2e-5)
         assert logsnr[-1].item() == pytest.approx(-10 + shift_low, abs=1e-3)
         assert logsnr[100].item() == pytest.approx((shift_low + shift_high) / 2, abs=1e-5)
         assert (logsnr.diff() < 0).all()
