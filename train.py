@@ -399,7 +399,7 @@ def replacing(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-def save(state: dict, path: Path):
+def write_state(path: Path, state: dict):
     """torch.save, but a full disk is called by its name: torch hides the file's own error."""
     try:
         with open(path, "wb") as file:
@@ -612,7 +612,7 @@ class Run:
                          seconds=self.seconds, skipped=self.skipped, net=net.state_dict(),
                          ema=ema.state_dict(), optimizer=optimizer.state_dict())
             with replacing(self.folder / "checkpoint.pt") as temporary:
-                save(state, temporary)
+                write_state(temporary, state)
         self.since = time.perf_counter()  # saving is not training
 
     def draw(self, done: int, ema: torch.nn.Module):
