@@ -1,4 +1,4 @@
-"""Samples from a run of train.py: a folder of PNGs by seed, and beside it a grid or an npz.
+"""Samples from a run of train.py: a folder of PNGs by seed, and beside it a grid, an npz or an animation.
 
     python sample.py runs/shapes                               a grid, one row per class
     python sample.py runs/shapes --trajectory                  how three images come about
@@ -19,9 +19,12 @@ import torch
 from PIL import Image
 
 import sid2
-from train import (InputError, Parser, agree, autocast_of, check, check_settings, choose_labels,
-                   choose_precision, grid, guarded, load_checkpoint, page, replacing,
-                   sample_images, setup, shown_classes, to_uint8, write_json)
+from train import (Data, InputError, Parser, agree, autocast_of, check, check_settings,
+                   choose_labels, choose_precision, grid, guarded, load_checkpoint, open_data, page,
+                   replacing, sample_images, setup, shown_classes, to_uint8, write_json)
+
+
+FORMATS = dict(grid="png", folder="", npz="npz", animation="webp")
 
 
 def main():
@@ -29,11 +32,13 @@ def main():
     state = load_checkpoint(args.run)
     config, names = configure(args, state["config"]), state["classes"]
     seeds, classes = choose_seeds(args, config), choose_classes(args, names, config.num_classes)
-    labels = choose_labels(seeds, classes, config.num_classes)
+    data = open_given(args, config, state) if config.given else None
+    labels = choose_labels(seeds, classes, config.num_classes, data)
     rank, world, device = setup(args.device)
     precision = choose_precision(device, args.precision)
     settings = dict(step=state["step"], seconds=state["seconds"], weights=args.weights,
-                    classes=classes, precision=precision, config=asdict(config))
+                    classes=classes, precision=precision, config=asdict(config),
+                    data=data.name if data else None)
     folder = open_samples(args, settings, rank)
 
     net = sid2.ResidualUViT(config).to(device).eval()
@@ -41,7 +46,7 @@ def main():
     if args.compile:
         net.compile(dynamic=False, fullgraph=True)  # two graphs: with and without guidance
     if rank == 0:
-        print(f"{args.run}, step {state['step']}, {args.weights} weights, {len(seeds)} images, "
+        print(f"{args.run}, step {state['step']}, {args.weights} weights, {len(seeds)} samples, "
               f"{config.sampler} {config.sample_steps} steps, guidance {config.guidance} for "
               f"logsnr in {list(config.interval)}, {world} x {device}, {precision}")
     with autocast_of(device, precision):
@@ -51,10 +56,10 @@ def main():
             label_of, mine = dict(zip(seeds, labels)), seeds[rank::world]
             missing = [seed for seed in mine if not png(folder, seed).exists()]
             write_pngs(folder, net, config, missing, [label_of[seed] for seed in missing], device,
-                       args.batch, hide_bar=rank > 0)
+                       args.batch, data, hide_bar=rank > 0)
     agree()  # the last image is there
     if rank == 0 and not args.trajectory:
-        pack(folder, args.format, seeds, labels, names)
+        pack(folder, args.format, seeds, labels, names, config)
 
 
 def parse() -> argparse.Namespace:
@@ -62,8 +67,9 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("run", help="folder or checkpoint.pt of a run of train.py")
     add("--out", help="folder of the PNGs; default: samples-STEP-FLAGS beside the checkpoint")
-    add("--format", choices=["grid", "folder", "npz"], default="grid",
+    add("--format", choices=FORMATS, default="grid",
         help="what is written beside that folder; default: %(default)s")
+    add("--data", help="clips whose first frames are given, to a run of clips; default: its own")
     add("--trajectory", action="store_true", help="instead: z and x_hat at eight noise levels")
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--count", type=int, help="seeds 0 to COUNT - 1; default: 8 for each class "
@@ -92,6 +98,12 @@ def configure(args: argparse.Namespace, config: sid2.Config) -> sid2.Config:
     config = replace(config, **{key: value for key, value in flags.items() if value is not None})
     if config.num_classes == 0 and (args.classes or args.guidance not in (None, 1)):
         raise InputError("this run has no classes: --classes and --guidance need a conditional one")
+    if config.given and args.classes:
+        raise InputError("--classes: with given frames the class is that of their clip")
+    if args.data and not config.given:
+        raise InputError("--data: this run was trained without given frames")
+    if config.frames > 1 and args.trajectory:
+        raise InputError("--trajectory shows images, and this is a run of clips")
     check(config)
     if args.batch < 1:
         raise InputError(f"--batch must be at least 1, got {args.batch}")
@@ -110,7 +122,7 @@ def choose_seeds(args: argparse.Namespace, config: sid2.Config) -> list[int]:
 
 def choose_classes(args: argparse.Namespace, names: list[str], num_classes: int) -> list:
     """--classes as numbers, or ["random"]."""
-    everything = list(range(num_classes))
+    everything = list(range(max(1, num_classes)))  # one, 0, without classes
     if args.classes is None:
         return everything if args.format == "npz" else shown_classes(num_classes)
     if args.classes == ["random"]:
@@ -124,6 +136,15 @@ def choose_classes(args: argparse.Namespace, names: list[str], num_classes: int)
             raise InputError(f"--classes {name}: this run has classes 0 to {num_classes - 1}: "
                              f"{known}")
     return [numbers[name] for name in args.classes]
+
+
+def open_given(args: argparse.Namespace, config: sid2.Config, state: dict) -> Data:
+    """Clips whose first frames are given. Moving shapes are drawn from a seed that no run has."""
+    name = args.data or state["data"]
+    data = open_data(name, config.image_size, seed=2**32, frames=config.frames)
+    if config.num_classes and data.classes != state["classes"]:
+        raise InputError(f"--data {name} has other classes than the run")
+    return data
 
 
 def open_samples(args: argparse.Namespace, settings: dict, rank: int) -> Path:
@@ -158,16 +179,18 @@ def png(folder: Path, seed: int) -> Path:
 
 
 def write_pngs(folder: Path, net, config: sid2.Config, seeds: list[int], labels: list[int], device,
-               batch: int, hide_bar: bool):
-    """The PNGs of these seeds. One thread writes them while the next batch is sampled."""
+               batch: int, data: Data | None, hide_bar: bool):
+    """The PNGs of these seeds, the frames of a clip side by side. One thread writes them while the
+    next batch is sampled."""
 
-    def write(seed: int, image: np.ndarray):
+    def write(seed: int, frames: np.ndarray):
         with replacing(png(folder, seed)) as temporary:
-            Image.fromarray(image).save(temporary, "PNG")
+            Image.fromarray(np.concatenate(frames, axis=1)).save(temporary, "PNG")
 
     with ThreadPoolExecutor(1) as writer:
         jobs = []
-        for part, images in sample_images(net, config, seeds, labels, device, batch, hide_bar):
+        for part, images in sample_images(net, config, seeds, labels, device, batch, data,
+                                          hide_bar):
             for job in jobs:
                 job.result()  # of the batch before: raises what went wrong, as a full disk
             jobs = [writer.submit(write, seed, image) for seed, image in zip(part, images)]
@@ -175,30 +198,42 @@ def write_pngs(folder: Path, net, config: sid2.Config, seeds: list[int], labels:
             job.result()
 
 
-def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: list[str]):
-    """Beside the folder of PNGs a grid or an npz of these seeds."""
+def read_png(file: Path, frames: int) -> np.ndarray:
+    """(frames, H, W, 3) from the frames side by side."""
+    return np.stack(np.split(np.asarray(Image.open(file)), frames, axis=1))
+
+
+def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: list[str],
+         config: sid2.Config):
+    """Beside the folder of PNGs a grid, an npz or an animation of these seeds."""
     files, path = [png(folder, seed) for seed in seeds], folder
-    if form == "grid":
-        path = folder.with_name(f"{folder.name}.png")
-        images = np.stack([np.asarray(Image.open(file)) for file in files])
+    if form != "folder":
+        path = folder.with_name(f"{folder.name}.{FORMATS[form]}")
         with replacing(path) as temporary:
-            grid(images, labels, names).save(temporary, "PNG")
-    elif form == "npz":
-        path = folder.with_name(f"{folder.name}.npz")
-        with replacing(path) as temporary:
-            write_npz(temporary, files, labels)
+            if form == "npz":
+                write_npz(temporary, files, labels, config.frames)
+            else:
+                images = np.stack([read_png(file, config.frames) for file in files])
+            if form == "grid":
+                grid(images, labels, names, config.given).save(temporary, "PNG")
+            elif form == "animation":
+                pages = [grid(images[:, [i]], labels, names) for i in range(config.frames)]
+                pages[0].save(temporary, "WebP", save_all=True, append_images=pages[1:],
+                              duration=125, loop=0, lossless=True)
     print(f"wrote {path}")
 
 
-def write_npz(path: Path, files: list[Path], labels: list[int]):
-    """arr_0 (N, H, W, 3) uint8 and arr_1 (N,) int64 in the order of the seeds, image by image."""
-    shape = (len(files), *np.asarray(Image.open(files[0])).shape)
+def write_npz(path: Path, files: list[Path], labels: list[int], frames: int):
+    """arr_0 (N, H, W, 3) uint8, of clips (N, frames, H, W, 3), and arr_1 (N,) int64 in the order of
+    the seeds, image by image."""
+    shape = read_png(files[0], frames).shape
+    shape = (len(files), *(shape if frames > 1 else shape[1:]))
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as out:
             header = dict(descr="|u1", fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(out, header)
             for file in files:
-                out.write(np.asarray(Image.open(file)).tobytes())
+                out.write(read_png(file, frames).tobytes())
         with archive.open("arr_1.npy", "w") as out:
             np.lib.format.write_array(out, np.asarray(labels))
 

@@ -49,8 +49,9 @@ def main():
     args = parse()
     rank, world, device = setup(args.device)
     config, data = configure(args, world)
-    local = config.batch // world  # images of this process per step
+    local = config.batch // world  # images, or clips, of this process per step
     micro = args.micro_batch or local  # of these, on the device at once
+    counted = local * (config.frames - config.given)  # frames that the loss is a mean of
     precision = choose_precision(device, args.precision)
     autocast = autocast_of(device, precision)
     run = Run(args, config, data, rank, world, device, precision)
@@ -68,6 +69,7 @@ def main():
     batches = Batches(data, config, args.seed, rank * local, local)
     loader = open_loader(batches, start, args.workers, device)
     generator, history = torch.Generator(device), []
+    first = torch.arange(micro * config.frames, device=device) % config.frames < config.given
     model.train()
 
     with run.bar(loader, start) as bar:
@@ -77,12 +79,13 @@ def main():
             loss = torch.zeros((), device=device)
             for k in range(0, local, micro):
                 *tensors, seeds = (whole[k : k + micro] for whole in batch)
-                x, y, t = (w.to(device, non_blocking=w.is_pinned()) for w in tensors)
+                x, y, t = (w.to(device, non_blocking=w.is_pinned()).flatten(0, 1) for w in tensors)
                 x = x.permute(0, 3, 1, 2).contiguous() / 127.5 - 1  # uint8 -> [-1, 1]
                 eps = noise(seeds.tolist(), x, generator)
+                predict = sid2.given_frames(model, x, first) if config.given else model
                 model.require_backward_grad_sync = k + micro == local  # DDP: with the last part
                 with autocast:
-                    share = sid2.training_loss(model, config, x, y, t, eps).sum() / local
+                    share = sid2.training_loss(predict, config, x, y, t, eps).sum() / counted
                 share.backward()
                 loss += share.detach()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
@@ -112,13 +115,16 @@ def main():
 
 
 def noise(seeds: list[int], x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """eps, shaped as x: that of each image from its own seed, whatever its batch or process."""
-    return torch.stack([torch.randn(x.shape[1:], device=x.device,
-                                    generator=generator.manual_seed(seed)) for seed in seeds])
+    """eps, shaped as x: that of each image or clip from its own seed, whatever its batch or
+    process."""
+    shape = (len(x) // len(seeds), *x.shape[1:])
+    return torch.cat([torch.randn(shape, device=x.device, generator=generator.manual_seed(seed))
+                      for seed in seeds])
 
 
 class Batches(Dataset):
-    """Item n is this process's share of step n: uint8 images (B, H, W, 3), labels, times, seeds.
+    """Item n is this process's share of step n: uint8 images (B, frames, H, W, 3), labels and times
+    (B, frames), seeds (B,). B counts clips; an image is a clip of one frame.
 
     Everything random at step n is drawn from (seed, n), for the whole batch of all processes; each
     takes its share. So a restart needs no random state, and the number of processes changes nothing
@@ -133,8 +139,8 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return self.config.steps
 
-    def image_of(self, number: int) -> int:
-        """Place in the data of the run's `number`-th image: each epoch has all, in a new order."""
+    def clip_of(self, number: int) -> int:
+        """Place in the data of the run's `number`-th clip: each epoch has all, in a new order."""
         epoch, place = divmod(number, len(self.data.labels))
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, 1, epoch])
@@ -153,14 +159,16 @@ class Batches(Dataset):
         start = rng.random()
         flip = rng.random(c.batch)[place] < 0.5 * c.flip
         drop = rng.random(c.batch)[place] < c.label_dropout
-        numbers = step * c.batch + place  # of the images, counted over the run
-        images, labels = self.data[np.array([self.image_of(number) for number in numbers])]
-        images = np.asarray(images)
-        images = np.where(flip[:, None, None, None], images[:, :, ::-1], images)
+        window = rng.random(c.batch)[place]  # where it begins: 0 as early, 1 as late as it can
+        numbers = step * c.batch + place  # of the clips, counted over the run
+        clips = np.array([self.clip_of(number) for number in numbers])
+        images, labels = self.data.clips(clips, window, c.frames)
+        images = np.where(flip[:, None, None, None, None], images[..., ::-1, :], images)
         y = np.where(drop | (c.num_classes == 0), c.num_classes, labels)
         t = sid2.low_discrepancy_times(torch.from_numpy(place), c.batch, start)
         seeds = ((self.seed + 1) * 2654435761 % 2**32 + numbers) % 2**32
-        return torch.from_numpy(images), torch.from_numpy(y), t, torch.from_numpy(seeds)
+        y, t = (each[:, None].repeat(1, c.frames) for each in (torch.from_numpy(y), t))
+        return torch.from_numpy(images), y, t, torch.from_numpy(seeds)
 
 
 def open_loader(batches: Batches, start: int, workers: int | None, device) -> DataLoader:
@@ -337,13 +345,17 @@ def configure(args: argparse.Namespace, world: int):
     elif args.checkpointing == []:
         args.checkpointing = list(range(len(config.channels)))
     check(config, world=world, **vars(args))
-    if args.data is None and args.preset not in ("shapes", "cifar10"):
-        raise InputError(f"--preset {args.preset} needs --data: shapes, a folder of images, an npz")
-    data = open_data(args.data or args.preset, config.image_size, args.seed, args.skip_bad)
+    own = dict(shapes="shapes", moving="shapes", cifar10="cifar10")  # data of a preset
+    if args.data is None and args.preset not in own:
+        raise InputError(f"--preset {args.preset} needs --data: shapes, a folder or an npz")
+    data = open_data(args.data or own[args.preset], config.image_size, args.seed, args.skip_bad,
+                     config.frames)
     if given.get("num_classes", 0) not in (0, len(data.classes)):
         raise InputError(f"--num-classes {config.num_classes}: {data.name} has {len(data.classes)} "
                          "classes; 0 trains without them")
-    return replace(config, num_classes=given.get("num_classes", len(data.classes))), data
+    if "num_classes" not in given and preset.num_classes > 0:
+        config = replace(config, num_classes=len(data.classes))
+    return config, data
 
 
 def check(config: sid2.Config, **flags):
@@ -352,12 +364,14 @@ def check(config: sid2.Config, **flags):
     unit = config.patch_size * 2 ** (len(channels) - 1) or 1
     part = values.get("world", 1) * (values.get("micro_batch") or 1)
     rules = [
-        ("patch_size head_width noise_low steps batch sample_steps log_every micro_batch",
+        ("patch_size head_width frames noise_low steps batch sample_steps log_every micro_batch",
          "must be at least 1", lambda n: n >= 1),
         ("depth middle num_classes noise_high lr warmup adam_eps clip seed sample_every save_every "
          "workers", "must not be negative", lambda n: n >= 0),
         ("dropout ema label_dropout gamma", "must lie in [0, 1]", lambda n: 0 <= n <= 1),
         ("bias guidance", "must be finite", math.isfinite),
+        ("given", f"must be at least 0 and below frames, {config.frames}",
+         lambda n: 0 <= n < config.frames),
         ("betas", "must lie in [0, 1)", lambda pair: 0 <= min(pair) <= max(pair) < 1),
         ("width", "must be even and positive", lambda n: n > 0 and n % 2 == 0),
         ("interval", "needs the lower number first", lambda pair: pair[0] < pair[1]),
@@ -430,7 +444,7 @@ def check_settings(file: Path, settings: dict, free: tuple = ()):
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The checkpoint at `path`, or in the run folder `path`: config, classes, step, seconds,
+    """The checkpoint at `path`, or in the run folder `path`: config, classes, data, step, seconds,
     skipped, and the states of net, ema and optimizer. What it holds is never executed."""
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -446,8 +460,8 @@ def load_checkpoint(path: str | Path) -> dict:
             net = sid2.ResidualUViT(state["config"])
         for name in ("net", "ema"):  # a copy, as torch notes in the original that it was assigned
             net.load_state_dict(dict(state[name]), assign=True)
-        return {key: state[key] for key in ("config", "classes", "step", "seconds", "skipped",
-                                            "net", "ema", "optimizer")}
+        return {key: state[key] for key in ("config", "classes", "data", "step", "seconds",
+                                            "skipped", "net", "ema", "optimizer")}
     except (InputError, PermissionError, MemoryError):
         raise
     except Exception as error:  # what torch.load raises has no narrower common type
@@ -539,9 +553,10 @@ class Run:
         print(", ".join(f"{key} {value}" for key, value in asdict(self.config).items()))
         names, counts = self.data.classes, np.bincount(self.data.labels).tolist()
         named = [f"{name} {count}" for name, count in zip(names, counts)]
-        print(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per image; "
+        kind = "images" if self.config.frames == 1 else "clips"
+        print(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per {kind[:-1]}; "
               f"{self.world} x {self.device}, {self.precision}, torch {torch.__version__}")
-        print(f"data: {self.data.name}; {len(self.data.labels)} images; {len(names)} classes",
+        print(f"data: {self.data.name}; {len(self.data.labels)} {kind}; {len(names)} classes",
               *named[:20], *["..."] * (len(names) > 20))
 
     def bar(self, loader: DataLoader, start: int) -> tqdm:
@@ -608,9 +623,10 @@ class Run:
         """checkpoint.pt: plain types and tensors; right after a row of the log."""
         if self.rank == 0:
             os.fsync(self.log_file.fileno())
-            state = dict(config=asdict(self.config), classes=self.classes, step=done,
-                         seconds=self.seconds, skipped=self.skipped, net=net.state_dict(),
-                         ema=ema.state_dict(), optimizer=optimizer.state_dict())
+            state = dict(config=asdict(self.config), classes=self.classes, data=self.data.name,
+                         step=done, seconds=self.seconds, skipped=self.skipped,
+                         net=net.state_dict(), ema=ema.state_dict(),
+                         optimizer=optimizer.state_dict())
             with replacing(self.folder / "checkpoint.pt") as temporary:
                 write_state(temporary, state)
         self.since = time.perf_counter()  # saving is not training
@@ -620,12 +636,13 @@ class Run:
         if self.rank == 0:
             shown = shown_classes(self.config.num_classes)
             seeds = list(range(8 * len(shown)))
-            labels = choose_labels(seeds, shown, self.config.num_classes)
+            data = self.data if self.config.given else None
+            labels = choose_labels(seeds, shown, self.config.num_classes, data)
             with autocast_of(self.device, self.precision):
-                batches = sample_images(ema, self.config, seeds, labels, self.device, 64)
+                batches = sample_images(ema, self.config, seeds, labels, self.device, 64, data)
                 images = np.concatenate([images for _, images in batches])
             with replacing(self.folder / f"samples/{done:07d}.png") as temporary:
-                grid(images, labels, self.classes).save(temporary, "PNG")
+                grid(images, labels, self.classes, self.config.given).save(temporary, "PNG")
         self.since = time.perf_counter()
 
     def finish(self):
@@ -647,12 +664,13 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 
 def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int], device,
-                  batch: int, hide_bar: bool = False):
-    """Yields seeds and their images, (B, H, W, 3) uint8, in batches of one size: the last is filled
-    up, as a compiled network would be compiled again for a smaller one. The bar counts images."""
+                  batch: int, data=None, hide_bar: bool = False):
+    """Yields seeds and their images (B, frames, H, W, 3) uint8, in batches of one size: the last is
+    filled up, as a compiled network would be compiled again for a smaller one. data: where
+    seed i finds its given frames, if there are any: at the start of clip i."""
     batches = max(1, math.ceil(len(seeds) / batch))
     size = max(1, math.ceil(len(seeds) / batches))
-    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}]"
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} samples [{elapsed}<{remaining}]"
     with tqdm(total=len(seeds) * config.sample_steps, unit_scale=1 / config.sample_steps,
               bar_format=form, leave=None, disable=hide_bar) as bar:  # None: if it stands alone
 
@@ -663,15 +681,28 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
         for first in range(0, len(seeds), size):
             part, y = seeds[first : first + size], labels[first : first + size]
             missing = size - len(part)
-            y = torch.tensor(y + y[:1] * missing, device=device)
-            x_hat = sid2.sample(watched, config, part + part[:1] * missing, y)
-            yield part, to_uint8(x_hat)[: len(part)]
+            y = torch.tensor(y + y[:1] * missing, device=device).repeat_interleave(config.frames)
+            filled, predict = part + part[:1] * missing, watched
+            if config.given:
+                predict = sid2.given_frames(watched, *given_of(data, filled, config, device))
+            images = to_uint8(sid2.sample(predict, config, filled, y))
+            yield part, images.reshape(size, config.frames, *images.shape[1:])[: len(part)]
 
 
-def choose_labels(seeds: list[int], classes: list, num_classes: int) -> list[int]:
-    """Label of each seed: `classes` in turn; drawn from the seed alone if they are ["random"]."""
+def given_of(data, seeds: list[int], config: sid2.Config, device):
+    """x (B, 3, H, W) of the clips that the seeds stand for, and where its frames are given (B,)."""
+    clips, _ = data.clips(np.array(seeds) % len(data.labels), 0.0, config.frames)
+    x = torch.from_numpy(clips).to(device).flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1
+    return x, torch.arange(len(x), device=device) % config.frames < config.given
+
+
+def choose_labels(seeds: list[int], classes: list, num_classes: int, data=None) -> list[int]:
+    """Label of each seed: `classes` in turn; drawn from the seed alone if they are ["random"]; with
+    data, whose frames are given, that of the clip."""
     if num_classes == 0:
         return [0] * len(seeds)
+    if data is not None:
+        return data.labels[np.array(seeds) % len(data.labels)].tolist()
     if classes == ["random"]:
         return [int(np.random.default_rng([1, seed]).integers(num_classes)) for seed in seeds]
     return [classes[seed % len(classes)] for seed in seeds]
@@ -683,13 +714,17 @@ def shown_classes(num_classes: int) -> list[int]:
     return np.linspace(0, last, min(last + 1, 10)).astype(int).tolist()
 
 
-def grid(images: np.ndarray, labels: list[int], names: list[str]) -> Image.Image:
-    """Rows of one class, at most 16 images wide."""
-    rows = []
+def grid(images: np.ndarray, labels: list[int], names: list[str], given: int = 0) -> Image.Image:
+    """Images (N, 1, H, W, 3) in rows of one class, at most 16 wide; a clip (N, frames, H, W, 3) has
+    a row of its own, under a heading that says which frames were given."""
+    rows, frames = [], images.shape[1]
+    heading = ["", *["given"] * given, *map(str, range(given + 1, frames + 1))]
     for label in sorted(set(labels)):
-        mine = [image for image, other in zip(images, labels) if other == label]
-        rows += [(names[label] if names else "", mine[i : i + 16]) for i in range(0, len(mine), 16)]
-    return page(rows)
+        mine = images[np.array(labels) == label]
+        if frames == 1:
+            mine = [mine[i : i + 16, 0] for i in range(0, len(mine), 16)]
+        rows += [(names[label] if names else "", row) for row in mine]
+    return page(rows, heading if frames > 1 else [])
 
 
 def page(rows: list[tuple[str, list[np.ndarray]]], heading: list[str] = ()) -> Image.Image:
@@ -714,28 +749,52 @@ def page(rows: list[tuple[str, list[np.ndarray]]], heading: list[str] = ()) -> I
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. The data. A data set has a name, int64 labels (N,) and names of classes, none if it is
-#    unlabelled; data[index] gives uint8 images (H, W, 3), in an array or a list, and their labels
+# 5. The data
 
 
-def open_data(name: str, size: int, seed: int, skip_bad: bool = False):
-    """shapes, cifar10, FOLDER or FILE.npz, as images of size x size."""
+class Data:
+    """Clips with labels. An image is a clip of one frame.
+
+    labels: int64 (N,); classes: their names, none without labels; lengths: (N,), frames of each
+    clip. read(i, first, frames) gives some frames of clip i, uint8 (frames, H, W, 3), and its
+    label.
+    """
+
+    def __init__(self, name: str, labels: np.ndarray, classes: list[str], lengths):
+        self.name, self.labels, self.classes = name, labels.astype(np.int64), classes
+        self.lengths = np.broadcast_to(lengths, labels.shape)
+
+    def clips(self, numbers: np.ndarray, place=0.0, frames: int = 1):
+        """`frames` neighbours of each of these clips, uint8 (B, frames, H, W, 3), and labels (B,).
+        place in [0, 1): whether they come early or late in the clip, one number or (B,)."""
+        first = (place * (self.lengths[numbers] - frames + 1)).astype(np.int64)
+        images, labels = zip(*(self.read(i, j, frames)
+                               for i, j in zip(numbers.tolist(), first.tolist())))
+        return np.stack(images), np.array(labels)
+
+
+def open_data(name: str, size: int, seed: int, skip_bad: bool = False, frames: int = 1) -> Data:
+    """shapes, cifar10, FOLDER or FILE.npz, as images, or clips of `frames` at least, of size x size
+    pixels."""
     path = Path(name)
     if name == "shapes":
-        return Shapes(size, seed)
-    if name == "cifar10":
+        return Shapes(size, seed, frames)
+    if name == "cifar10" and frames == 1:
         return open_cifar10(size)
     if path.is_dir():
-        return open_folder(path, functools.partial(cropped_rgb, size=size), skip_bad)
+        return open_folder(path, functools.partial(cropped_rgb, size=size), skip_bad, frames=frames)
     if path.is_file() and path.suffix == ".npz":
-        return open_labelled_npz(path, size)
-    raise InputError(f"--data {name}: neither shapes, cifar10, a folder nor an .npz file")
+        return open_labelled_npz(path, size, frames)
+    hint = VIDEO_HINT if path.suffix.lower() in VIDEO_SUFFIXES else ""
+    raise InputError(f"--data {name}: neither shapes, cifar10 (images only), a folder nor an .npz "
+                     f"file{hint}")
 
 
-class Shapes:
-    """A million drawings of six shapes in any place, size and colour, drawn when asked for."""
+class Shapes(Data):
+    """A million drawings of six shapes in any place, size and colour, drawn when asked for. In a
+    clip a shape moves straight on and bounces off the edges: two frames tell all that follow."""
 
-    name, count = "shapes", 1_000_000
+    count = 1_000_000
     shapes = {  # inside or not, at a to the right and b down from the centre, in radii
         "disc": lambda a, b: a**2 + b**2 < 1,
         "ring": lambda a, b: abs(a**2 + b**2 - 0.65) < 0.35,
@@ -744,79 +803,107 @@ class Shapes:
         "cross": lambda a, b: (np.maximum(abs(a), abs(b)) < 1) & (np.minimum(abs(a), abs(b)) < 0.3),
         "moon": lambda a, b: (a**2 + b**2 < 1) & ((a - 0.5) ** 2 + b**2 > 0.7),
     }
-    classes = list(shapes)
 
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed = size, seed
-        self.labels = np.arange(self.count) % len(self.classes)
+    def __init__(self, size: int, seed: int, frames: int = 1):
+        self.size, self.seed, self.frames = size, seed, frames
+        classes, clips = list(self.shapes), self.count // frames
+        super().__init__("shapes", np.arange(clips) % len(classes), classes, frames)
 
-    def draw(self, i: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, 2, i])
-        radius = rng.uniform(0.26, 0.42)  # of the image's width
+    def scene(self, clip: int):
+        """Radius, centres in each frame (frames, 2), both in widths of the image, and colours."""
+        rng = np.random.default_rng([self.seed, 2, clip])
+        radius = rng.uniform(0.26, 0.42)
+        if self.frames > 1:
+            radius *= 0.7  # room to move
         centre = rng.uniform(radius, 1 - radius, 2)  # the whole shape is in the picture
         dark, light = rng.uniform(0, 0.35, 3), rng.uniform(0.35, 1, 3)
         light[rng.integers(3)] = 1  # one full channel for contrast
 
+        angle, speed = rng.uniform(0, 2 * math.pi), rng.uniform(0.03, 0.12)
+        velocity = speed * np.array([math.cos(angle), math.sin(angle)])
+        room = 1 - 2 * radius
+        inside = abs(centre + velocity - 0.5) <= room / 2
+        velocity = np.where(inside, velocity, -velocity)  # no bounce before the second frame
+        way = centre - radius + np.arange(self.frames)[:, None] * velocity
+        centres = radius + abs((way + room) % (2 * room) - room)  # folded back where it leaves
+        return radius, centres, dark, light
+
+    def draw(self, clip: int, radius: float, centre: np.ndarray, dark, light) -> np.ndarray:
         fine = max(1, 64 // self.size)  # points per pixel and axis: 4 at 16 px, 1 from 64 px up
         points = (np.arange(fine * self.size, dtype=np.float32) + 0.5) / (fine * self.size)
         a, b = (points - centre[0]) / radius, (points[:, None] - centre[1]) / radius
-        inside = self.shapes[self.classes[self.labels[i]]](a, b)
+        inside = self.shapes[self.classes[self.labels[clip]]](a, b)
         inside = inside.view(np.uint8).reshape(self.size, fine, self.size, fine)
         hits = np.einsum("aibj -> ab", inside, dtype=np.int64)  # points of a pixel inside the shape
         share = np.arange(fine**2 + 1)[:, None] / fine**2
         palette = (255 * (dark + share * (light - dark)) + 0.5).astype(np.uint8)
         return palette[hits]
 
-    def __getitem__(self, index: np.ndarray):
-        return np.stack([self.draw(i) for i in index]), self.labels[index]
+    def read(self, i: int, first: int = 0, frames: int = 1) -> tuple[np.ndarray, int]:
+        radius, centres, dark, light = self.scene(i)
+        centres = centres[first : first + frames]
+        return np.stack([self.draw(i, radius, c, dark, light) for c in centres]), self.labels[i]
 
 
-class Stored:
-    """Images that lie in an array, in memory or mapped."""
+class Stored(Data):
+    """Images (N, H, W, 3) or clips (N, frames, H, W, 3) in an array, in memory or mapped."""
 
     def __init__(self, name: str, images, labels: np.ndarray, classes: list[str]):
-        self.name, self.images = name, images
-        self.labels, self.classes = labels.astype(np.int64), classes
+        super().__init__(name, labels, classes, math.prod(images.shape[1:-3]))
+        self.images = images
 
-    def __getitem__(self, index: np.ndarray):
-        return self.images[index], self.labels[index]
+    def read(self, i: int, first: int = 0, frames: int = 1) -> tuple[np.ndarray, int]:
+        clip = self.images[i].reshape(-1, *self.images.shape[-3:])
+        return clip[first : first + frames], self.labels[i]
 
 
 class Mapped:
-    """A uint8 array of a file, mapped anew at each call: loader processes share nothing else."""
+    """A uint8 array in a file, mapped anew at each call: loader processes share nothing else."""
 
     def __init__(self, path: Path, offset: int, shape: tuple[int, ...]):
         self.path, self.offset, self.shape, self.dtype = path, offset, shape, np.dtype(np.uint8)
 
-    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+    def __getitem__(self, index) -> np.ndarray:
         return np.memmap(self.path, np.uint8, "r", self.offset, self.shape)[index]
 
 
-class Folder:
-    """Images in files, decoded when asked for."""
+class Folder(Data):
+    """Clips in files, decoded when asked for. files: of each clip a path for each frame; the frames
+    of an animation have the same path."""
 
-    def __init__(self, name: str, files: list[Path], labels: np.ndarray, classes: list[str],
+    def __init__(self, name: str, files: list[list[Path]], labels: np.ndarray, classes: list[str],
                  convert, skip_bad: bool):
-        self.name, self.files, self.labels, self.classes = name, files, labels, classes
-        self.convert, self.skip_bad = convert, skip_bad
+        super().__init__(name, labels, classes, [len(paths) for paths in files])
+        self.files, self.convert, self.skip_bad = files, convert, skip_bad
 
-    def read(self, i: int) -> tuple[np.ndarray, int]:
-        """Image i and its label; with skip_bad, instead of an unreadable one that of the next."""
+    def read(self, i: int, first: int = 0, frames: int = 1) -> tuple[np.ndarray, int]:
+        """Frames of clip i and its label; with skip_bad, instead of an unreadable clip the next."""
         for k in range(len(self.files)):
-            place = (i + k) % len(self.files)
+            clip = (i + k) % len(self.files)
+            files = self.files[clip]
+            begin = min(first, len(files) - frames)  # the next may be shorter
             try:
-                with Image.open(self.files[place]) as image:
-                    return np.asarray(self.convert(image)), self.labels[place]
+                return self.decode(files, begin, frames), self.labels[clip]
             except Exception as error:  # Pillow's decoders raise many kinds
-                said = f"{self.files[place]} is no readable image ({error})"
+                place = files[0] if files[0] == files[-1] else files[0].parent
+                said = f"{place} cannot be read ({error})"
             if not self.skip_bad:
                 raise ImageError(f"{said}: repair or remove it; train.py --skip-bad takes the next")
             print(f"warning: {said}: the next one is taken", file=sys.stderr)
-        raise ImageError(f"none of the images in {self.name} can be read")
+        raise ImageError(f"nothing in {self.name} can be read")
 
-    def __getitem__(self, index: np.ndarray):
-        images, labels = zip(*(self.read(int(i)) for i in index))
-        return list(images), np.array(labels)
+    def decode(self, files: list[Path], first: int, frames: int) -> np.ndarray:
+        images, sizes = [], set()
+        with contextlib.ExitStack() as opened:
+            for j in range(first, first + frames):
+                if j == first or files[j] != files[j - 1]:  # an animation is opened once
+                    image = opened.enter_context(Image.open(files[j]))
+                image.seek(j if files[0] == files[-1] else 0)
+                images.append(np.asarray(self.convert(image)))
+                sizes.add(image.size)
+        if len(sizes) > 1:
+            raise ValueError(f"its frames have different sizes, {sorted(sizes)}")
+        return np.stack(images)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -850,40 +937,73 @@ def cropped_rgb(image: Image.Image, size: int) -> Image.Image:
 
 
 SUFFIXES = ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
+VIDEO_SUFFIXES = ".avi .mkv .mov .mp4 .webm".split()
+VIDEO_HINT = "; videos must become folders of frames first: `ffmpeg -i CLIP.mp4 CLIP/%05d.png`"
 
 
-def find_images(top: Path) -> list[Path]:
-    """Image files below `top`, sorted; links are followed, hidden files and folders are not."""
+def find_files(top: Path, suffixes: list[str] = SUFFIXES) -> list[Path]:
+    """Files below `top` with these suffixes, sorted; links are followed, hidden files and folders
+    are not."""
     files = []
     for root, folders, names in os.walk(top, followlinks=True):
         above = {os.path.realpath(parent) for parent in Path(root).parents}
         loop = os.path.realpath(root) in above  # a link to a folder above is followed once
         folders[:] = [] if loop else [name for name in folders if not name.startswith(".")]
         files += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in files if path.suffix.lower() in suffixes)
 
 
-def open_folder(path: Path, convert, skip_bad: bool = False, labelled: bool = True) -> Folder:
-    """Images of a folder, nested; convert: a Pillow image -> what is taken of it. The immediate
-    sub-folders are the classes; without any it is unlabelled."""
-    files = find_images(path)
+def find_clips(files: list[Path]) -> dict[Path, list[Path]]:
+    """Clips by the folder of their frames, frame 2 before frame 10, or by the file of an animation.
+    If the first file of a folder is an animation, all are."""
+    folders, clips = {}, {}
+    for file in files:
+        folders.setdefault(file.parent, []).append(file)
+    for folder, members in folders.items():
+        if count_frames(members[0]) == 1:
+            clips[folder] = sorted(members, key=lambda file: (len(file.stem), file.stem))
+        else:
+            clips |= {file: [file] * count_frames(file) for file in members}
+    return clips
+
+
+def count_frames(file: Path) -> int:
+    try:
+        with Image.open(file) as image:
+            return getattr(image, "n_frames", 1)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise InputError(f"{file} cannot be read ({error}): repair or remove it")
+
+
+def open_folder(path: Path, convert, skip_bad: bool = False, labelled: bool = True,
+                frames: int = 1) -> Folder:
+    """Images of a folder, nested, or clips if frames > 1; convert: a Pillow image -> what is taken
+    of it. The immediate sub-folders are the classes; without any it is unlabelled."""
+    files = find_files(path)
     if not files:
+        hint = VIDEO_HINT if find_files(path, VIDEO_SUFFIXES) else ""
         raise InputError(f"no images in {path} and its sub-folders: looked for "
-                         f"{' '.join(SUFFIXES)}")
-    parts = [file.relative_to(path).parts for file in files]
+                         f"{' '.join(SUFFIXES)}{hint}")
+    clips = find_clips(files) if frames > 1 else {file: [file] for file in files}
+    for place, members in clips.items():
+        if place == path or len(members) < frames:
+            raise InputError(f"{place} has {len(members)} frames: a clip is a sub-folder of frames "
+                             f"or an animation, here of {frames} at least")
+    parts = [place.relative_to(path).parts for place in clips]
     firsts = [part[0] if labelled and len(part) > 1 else "" for part in parts]
     classes, loose = sorted(set(firsts) - {""}), firsts.count("")
     if classes and loose:
-        raise InputError(f"{path} has {loose} images beside its {len(classes)} class folders: put "
-                         "them into classes, or away")
+        raise InputError(f"{path} has {loose} images or clips beside its {len(classes)} class "
+                         "folders: put them into classes, or away")
     numbers = {name: i for i, name in enumerate(classes or [""])}
     labels = np.array([numbers[first] for first in firsts])
-    return Folder(str(path), files, labels, classes, convert, skip_bad)
+    return Folder(str(path), list(clips.values()), labels, classes, convert, skip_bad)
 
 
-def open_npz(path: Path) -> dict:
-    """The arrays of an npz by name. arr_0, where it is there, must be images: uint8 (N, H, W, 3).
-    Not compressed, it is mapped where it lies; 50,000 images of 256 px are 9.8 GB."""
+def open_npz(path: Path, wanted: str = "NHW3") -> dict:
+    """The arrays of an npz by name. arr_0, where it is there, must be uint8 images (N, H, W, 3), or
+    as `wanted` says. Not compressed, it is mapped where it lies; 50,000 images of 256 px are 9.8
+    GB."""
     try:
         with np.load(path, allow_pickle=False) as npz:
             arrays = {key: npz[key] for key in npz if key != "arr_0"}
@@ -891,8 +1011,8 @@ def open_npz(path: Path) -> dict:
                 return arrays
             arrays["arr_0"] = map_images(path) or npz["arr_0"]
         shape, dtype = arrays["arr_0"].shape, arrays["arr_0"].dtype
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise ValueError(f"arr_0 is {dtype} {shape}; wanted: uint8 (N, H, W, 3)")
+        if dtype != np.uint8 or len(shape) != len(wanted) or shape[-1] != 3 or 0 in shape:
+            raise ValueError(f"arr_0 is {dtype} {shape}; wanted: uint8 ({', '.join(wanted)})")
         return arrays
     except MemoryError:
         raise
@@ -919,16 +1039,18 @@ def map_images(path: Path) -> Mapped | None:
         return Mapped(path, file.tell(), shape)
 
 
-def open_labelled_npz(path: Path, size: int) -> Stored:
-    """uint8 arr_0 (N, size, size, 3); labels arr_1 (N,) where there are any."""
-    arrays = open_npz(path)
+def open_labelled_npz(path: Path, size: int, frames: int) -> Stored:
+    """uint8 arr_0 (N, size, size, 3), or (N, L, size, size, 3) if frames > 1; labels arr_1 (N,)
+    where there are any."""
+    arrays = open_npz(path, "NLHW3" if frames > 1 else "NHW3")
     if "arr_0" not in arrays or arrays.keys() - {"arr_0", "arr_1"}:
         raise InputError(f"{path} holds {', '.join(arrays)}; wanted: images arr_0, and labels "
                          "arr_1 if there are any")
     images = arrays["arr_0"]
-    if images.shape[1:3] != (size, size):
-        raise InputError(f"{path}: arr_0 is {images.shape}, the configuration asks for "
-                         f"(N, {size}, {size}, 3)")
+    if images.shape[-3:-1] != (size, size) or frames > 1 and images.shape[1] < frames:
+        clips = f", clips of {frames} frames" if frames > 1 else ""
+        raise InputError(f"{path}: arr_0 is {images.shape}, the configuration asks for {size} x "
+                         f"{size} pixels{clips}")
     n, classes = images.shape[0], []
     labels = arrays.get("arr_1", np.zeros(n, np.int64))
     if "arr_1" in arrays:
