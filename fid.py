@@ -3,8 +3,7 @@
     python fid.py DATA --save-stats ref.npz --crop 256     statistics of a reference, once
     python fid.py SAMPLES ref.npz [REFERENCE ...]          a folder or npz, against each reference
 
-`torchrun --nproc_per_node=8 -- fid.py ...` shares out the images and gives the same numbers. (The
-`--` keeps torchrun from reading `--num` as its own.)
+`torchrun --nproc_per_node=8 fid.py ...` shares out the images and gives the same numbers.
 
     f, s, p = Inception(image)    2,048 pooled features, 2,023 spatial ones, 1,008 probabilities
     FID  = |mu_1 - mu_2|² + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^½)     mu, S: mean, covariance of f
@@ -48,16 +47,14 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-class Conv(nn.Module):
+class Conv(nn.Sequential):
     """Convolution, batch norm, ReLU."""
 
     def __init__(self, c_in: int, c_out: int, kernel=1, stride: int = 1, padding="same"):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)  # torch's default is 1e-5
-
-    def forward(self, h: Tensor) -> Tensor:
-        return F.relu_(self.bn(self.conv(h)))
+        super().__init__(OrderedDict(
+            conv=nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False),
+            bn=nn.BatchNorm2d(c_out, eps=1e-3),  # torch's default is 1e-5
+            relu=nn.ReLU(inplace=True)))
 
 
 class Mixed(nn.Module):
@@ -130,32 +127,27 @@ class Inception(nn.Sequential):
         return f, s, F.log_softmax(f @ self.fc.weight.T, 1)  # (!) without the bias of fc [ADM]
 
 
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_inception(path: str | None) -> tuple[Inception, str]:
-    """The network, and the sha256 of its weights; path: a file, `random`, or None: downloads."""
+def load_inception(path: str | None) -> Inception:
+    """The network; path: a file of its weights, `random`, or None: downloads."""
     net = Inception().eval()
     if path == "random":
         generator = torch.Generator().manual_seed(0)
         for p in net.parameters():
             if p.ndim > 1:  # He: the features of all layers have the same power
                 nn.init.kaiming_normal_(p, nonlinearity="relu", generator=generator)
-        return net, "random"
+        return net
     try:
         if path is None:
             torch.hub.load_state_dict_from_url(URL, None, "cpu", check_hash=True, weights_only=True)
             path = Path(torch.hub.get_dir(), "checkpoints", Path(URL).name)
-        if sha256(path) != SHA256:
+        if hashlib.sha256(Path(path).read_bytes()).hexdigest() != SHA256:
             raise ValueError("its sha256 is another")
     except Exception as error:  # of file, urllib, ssl, http or torch
         raise InputError(f"no weights of Inception at {path or URL} ({error}): fetch {URL} "
                          f"(95,628,359 bytes, sha256 {SHA256}) and give --inception PATH")
     state = torch.load(path, map_location="cpu", weights_only=True)
     net.load_state_dict(dict(state))  # a plain dict may lack num_batches_tracked, as the file does
-    return net, SHA256
+    return net
 
 
 def resize(x: Tensor, size: int = 299) -> Tensor:
@@ -234,8 +226,7 @@ class Source:
     name: str
     count: int = 0  # of images
     read: Callable = None  # ascending numbers -> their images, each uint8 (H, W, 3)
-    statistics: dict = field(default_factory=dict)  # mu, sigma, ... of a file
-    note: str = ""
+    statistics: dict = field(default_factory=dict)  # mu, sigma, ...: of the file, then measured
 
 
 def images_of(path: Path, crop: int | None) -> Source:
@@ -247,13 +238,11 @@ def images_of(path: Path, crop: int | None) -> Source:
         return centre_crop(image, crop) if crop else image
 
     data, pool = open_folder(path, convert, labelled=False), ThreadPoolExecutor()
-    jpeg = sum(file.suffix.lower() in (".jpg", ".jpeg") for file in data.files)
-    note = f"{jpeg} images of {path} are JPEG files: compression alone moves FID" if jpeg else ""
 
     def read(numbers: np.ndarray) -> list[np.ndarray]:
         return [image for image, _ in pool.map(data.read, numbers.tolist())]
 
-    return Source(str(path), len(data.files), read, note=note)
+    return Source(str(path), len(data.files), read)
 
 
 SHAPES = dict(mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023), n=())
@@ -266,22 +255,17 @@ def statistics_of(path: Path, arrays: dict) -> dict:
             raise InputError(f"{path} holds {', '.join(arrays)}; wanted: {mu} and {sigma} together")
     out = {}
     for key in (key for key in SHAPES if key in arrays):
-        if arrays[key].dtype.kind not in "fiu":
-            raise InputError(f"{path}: {key} is {arrays[key].dtype}; wanted: numbers")
-        value = torch.from_numpy(np.asarray(arrays[key], np.float64))
-        if value.shape != SHAPES[key] or not value.isfinite().all():
-            raise InputError(f"{path}: {key} is {tuple(value.shape)}; wanted: {SHAPES[key]}, "
-                             "finite")
-        out[key] = value if value.ndim else int(value)
+        value, shape = arrays[key], SHAPES[key]
+        if value.dtype.kind not in "fiu" or value.shape != shape or not np.isfinite(value).all():
+            raise InputError(f"{path}: {key} is {value.dtype} {value.shape}; wanted: finite "
+                             f"numbers {shape}")
+        out[key] = torch.from_numpy(value.astype(np.float64)) if shape else int(value)
     return out
 
 
 def open_source(name: str, crop: int | None = None) -> Source:
     """A folder of images, or an npz of images (arr_0), of statistics, or of both."""
     path = Path(name)
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give a folder or an npz of images, or an npz of "
-                         "statistics")
     if (path / "checkpoint.pt").exists():
         raise InputError(f"{path} is a run of train.py: `python sample.py {path} --format npz` "
                          "makes samples to score")
@@ -293,20 +277,17 @@ def open_source(name: str, crop: int | None = None) -> Source:
         source.count, source.read = arrays["arr_0"].shape[0], arrays["arr_0"].__getitem__
     if not source.read and "mu" not in source.statistics:
         raise InputError(f"{path} holds {', '.join(arrays)}; wanted: arr_0, or mu and sigma")
-    labels = arrays.get("arr_1", np.zeros(0))
-    if len(set(labels.flat)) > 1 and (labels[1:] >= labels[:-1]).all():
-        source.note = f"{path} is sorted by class: IS draws its splits, ADM's does not"
     return source
 
 
 @torch.inference_mode()
-def measure(source: Source, numbers: np.ndarray, net: Callable, device: torch.device,
-            batch: int = 50, keep: int = 0, split: int = 5000) -> dict:
-    """Statistics of the images `numbers` (ascending), shared out over all processes; float16
-    features of `keep` of them at random: memory grows by these alone, 4 KB each."""
+def measure(source: Source, net: Callable, device: torch.device, batch: int = 50, keep: int = 0,
+            split: int = 5000) -> dict:
+    """Statistics of all images, shared out over all processes; float16 features of `keep` of them
+    at random: memory grows by these alone, 4 KB each."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     place = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    n, sizes = len(numbers), set()
+    n = source.count
     pooled, spatial, score = (torch.zeros(shape, dtype=torch.float64, device=place) for shape in
                               ((2049, 2049), (2024, 2024), (-(-n // split), 1008 + 2)))
     features = torch.zeros(min(keep, n), 2048, dtype=torch.float16, device=place)
@@ -317,7 +298,7 @@ def measure(source: Source, numbers: np.ndarray, net: Callable, device: torch.de
     mine = np.array_split(np.arange(n), world)[rank]
     with tqdm(total=len(mine), desc=source.name, unit="img", disable=rank > 0) as bar:
         for part in (mine[i : i + batch] for i in range(0, len(mine), batch)):
-            images = source.read(numbers[part])
+            images = source.read(part)
             shapes = [image.shape for image in images]
             for shape in sorted(set(shapes)):  # one, as a rule
                 same = [i for i, other in enumerate(shapes) if other == shape]
@@ -332,16 +313,12 @@ def measure(source: Source, numbers: np.ndarray, net: Callable, device: torch.de
                     total.addmm_(rows.T, rows)
                 score.index_add_(0, at // split, torch.cat([p, p_log_p, one], 1))
                 features[at[at < keep]] = f[at < keep].half()
-            sizes |= set(shapes)
             bar.update(len(part))
     if world > 1:
         for t in (pooled, spatial, score, features):
             dist.all_reduce(t)
-        gathered = [None] * world
-        dist.all_gather_object(gathered, sizes)
-        sizes = set().union(*gathered)
     (mu, sigma), (mu_s, sigma_s) = mean_covariance(pooled), mean_covariance(spatial)
-    return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, n=n, sizes=sizes, features=features,
+    return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, n=n, features=features,
                 IS=inception_score(score))
 
 
@@ -359,7 +336,8 @@ def compare(fake: dict, real: dict, args) -> dict[str, float]:
         out["recall"] = precision(fake["features"], real["features"])
     if args.kid:
         out["KID"] = kid(fake["features"], real["features"])
-    return out
+    prefix = "random-" if args.inception == "random" else ""  # never to be mistaken for FID
+    return {prefix + name: value for name, value in out.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,38 +351,25 @@ def main():
     torch.backends.cudnn.benchmark = False
 
     # what is scored against what
-    samples = open_source(args.samples, args.crop)
+    sources = [open_source(name, args.crop) for name in [args.samples, *args.references]]
+    samples = sources[0]
     if samples.read:  # the samples themselves are measured, whatever else their file says of them
         samples.statistics = {}
-    references = [open_source(name, args.crop) for name in args.references]
     need = args.precision_recall or args.kid
-    check_sources(args, samples, references, need)
-    chosen = np.sort(np.random.default_rng(0).permutation(samples.count)[: args.num])
+    for source in sources:
+        if (need or args.save_stats or not source.statistics) and source.count < 4:
+            raise InputError(f"{source.name} has {source.count} images: at least 4 are needed")
 
-    # where the result goes
-    net, weights = load_inception(args.inception)
-    net = net.to(device, memory_format=torch.channels_last)
-    settings = vars(args) | dict(weights=weights)
-    for free in "out", "batch", "device", "inception":
-        del settings[free]
-    settings = json.loads(json.dumps(settings))  # as they will be read back
-    out = Path(args.out or f"{Path(args.save_stats or args.samples)}.fid.json")
-    check_outputs([out, *map(Path, [args.save_stats] if args.save_stats else [])], out, settings)
-
-    done = []
-    for source in [samples, *references]:
-        statistics = source.statistics
-        if need or not statistics:
-            numbers = chosen if source is samples else np.arange(source.count)
-            keep = 0 if not need else len(numbers) if source is samples else 10_000  # [ADM]
-            measured = measure(source, numbers, net, device, args.batch, keep)
-            if statistics:  # of a file, they hold: ADM's are of the whole training set
+    net = load_inception(args.inception).to(device, memory_format=torch.channels_last)
+    for source in sources:
+        if need or not source.statistics:
+            keep = 0 if not need else source.count if source is samples else 10_000  # [ADM]
+            measured = measure(source, net, device, args.batch, keep)
+            if source.statistics:  # of a file, they hold: ADM's are of the whole training set
                 measured = dict(features=measured["features"])
-            statistics = statistics | measured
-        done.append(statistics)
+            source.statistics |= measured
     if rank == 0:
-        report(args, samples, references, done, settings, out, dict(device=str(device),
-               processes=world, batch=args.batch))
+        report(args, samples, sources[1:], dict(device=str(device), processes=world))
 
 
 def parse() -> argparse.Namespace:
@@ -415,88 +380,57 @@ def parse() -> argparse.Namespace:
     add("--save-stats", metavar="OUT.npz", help="write statistics of SAMPLES")
     add("--precision-recall", action="store_true", help="holds 4 KB per sample")
     add("--kid", action="store_true", help="holds 4 KB per sample")
-    add("--num", type=int, help="so many samples, a fixed choice; default: all")
     add("--crop", type=int, help="ADM's centre crop of all folders, in pixels")
     add("--inception", metavar="PATH", help="default: downloaded once; or `random`")
     add("--out", metavar="OUT.json", help="default: beside SAMPLES")
     add("--batch", type=int, default=50, help="images at once, per process")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     args = parser.parse_args()
-    for flag, least in dict(num=4, crop=1, batch=1).items():  # third neighbours need 4 images
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
-            raise InputError(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
+    for flag, value in dict(crop=args.crop, batch=args.batch).items():
+        if value is not None and value < 1:
+            raise InputError(f"--{flag} must be at least 1, got {value}")
     if bool(args.save_stats) == bool(args.references):
         raise InputError("give SAMPLES REFERENCE, or DATA --save-stats OUT.npz")
+
+    # where the result goes
+    args.out = args.out or f"{Path(args.save_stats or args.samples)}.fid.json"
+    if args.save_stats and Path(args.save_stats) == Path(args.out):
+        raise InputError(f"--out and --save-stats both name {args.out}: give another name to one")
+    for flag, name in {"--out": args.out, "--save-stats name": args.save_stats}.items():
+        if name and Path(name).exists():
+            raise InputError(f"{name} exists: remove it, or give another {flag}")
+        if name and not Path(name).parent.is_dir():
+            raise InputError(f"cannot write {name}: there is no folder {Path(name).parent}")
     return args
 
 
-def check_sources(args: argparse.Namespace, samples: Source, references: list, need: bool):
-    for source in [samples, *references]:
-        if need and not source.read:
-            raise InputError(f"{source.name} has statistics only: --precision-recall and --kid "
-                             "need images")
-        if (need or not source.statistics) and source.count < 4:
-            raise InputError(f"{source.name} has {source.count} images: third neighbours need 4 at "
-                             "least")
-    if samples.statistics and (args.num or args.save_stats):
-        raise InputError(f"{samples.name} is a file of statistics: --num and --save-stats need "
-                         "images")
-    if args.num and args.num > samples.count:
-        raise InputError(f"--num {args.num}: {samples.name} has {samples.count} images")
-
-
-def check_outputs(files: list[Path], out: Path, settings: dict):
-    """Only a result of the same settings is replaced."""
-    if len(set(files)) < len(files):
-        raise InputError(f"--out and --save-stats both name {out}: give another name to one")
-    try:
-        before = dict(json.loads(out.read_text())["settings"])
-    except (OSError, ValueError, LookupError, TypeError):
-        before = {}
-    for file in files:
-        if file.exists() and before != settings:
-            changed = ", ".join(key for key in settings if before.get(key, ()) != settings[key])
-            raise InputError(f"{file} exists with other settings ({changed}): give another name")
-        if not file.parent.is_dir():
-            raise InputError(f"cannot write {file}: there is no folder {file.parent}")
-
-
-def report(args: argparse.Namespace, samples: Source, references: list, done: list[dict],
-           settings: dict, out: Path, machine: dict):
+def report(args: argparse.Namespace, samples: Source, references: list[Source], machine: dict):
     """Prints the metrics, and writes them with all that made them."""
-    prefix = "random-" if settings["weights"] == "random" else ""  # never to be mistaken for FID
-    results = {}
-    for source, real in zip(references, done[1:]):
-        values = compare(done[0], real, args)
-        results[source.name] = {prefix + name: value for name, value in values.items()}
+    results = {real.name: compare(samples.statistics, real.statistics, args) for real in references}
+    for name, values in results.items():
+        print(*(f"{k} {v:<8.5g}" for k, v in values.items()), f" {name}")
 
     # what a reader of the numbers must know
-    notes = [samples.note] if samples.note else []
-    if len(sizes := done[0].get("sizes", ())) > 1:
-        notes.append(f"samples of {len(sizes)} sizes: each is resized to 299 x 299 by itself")
-    counts = {source.name: s.get("n", "?") for source, s in zip([samples, *references], done)}
-    for name, n in counts.items():
-        if n == "?":
-            notes.append(f"{name} does not say of how many images it is")
-        elif n < 10_000:
+    notes, images = [], {}
+    for source in [samples, *references]:
+        n = source.statistics.get("n", "?")
+        images[source.name] = n
+        if n != "?" and n < 10_000:
             fewer = ", fewer than the 2,048 features" if n < 2048 else ""
-            notes.append(f"{name} has {n} images{fewer}: FID is biased, compare with FID of as "
-                         "many, or use --kid")
-
-    hashes = {name: sha256(name) for name in [args.samples, *args.references]
-              if Path(name).is_file()}
-    versions = {module.__name__: module.__version__ for module in (torch, np, PIL)}
-    if args.save_stats:
-        with replacing(Path(args.save_stats)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{key: np.asarray(done[0][key]) for key in SHAPES})
-    write_json(out, dict(results=results, images=counts, notes=notes, settings=settings,
-                         sha256=hashes, versions=versions) | machine)
-    print(f"{samples.name}: {done[0].get('n', '?')} images")
-    for name, values in results.items():
-        print(*(f"{k} {v:<8.5g}" for k, v in values.items()), f" {name}, {counts[name]} images")
+            notes.append(f"{source.name} has {n} images{fewer}: FID is biased, compare with FID "
+                         "of as many, or use --kid")
     for note in notes:
         print(f"note: {note}")
-    print(f"wrote {' and '.join([*([args.save_stats] if args.save_stats else []), str(out)])}")
+
+    if args.save_stats:
+        with replacing(Path(args.save_stats)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{key: np.asarray(samples.statistics[key]) for key in SHAPES})
+        print(f"wrote {args.save_stats}")
+    versions = {module.__name__: module.__version__ for module in (torch, np, PIL)}
+    weights = "random" if args.inception == "random" else SHA256
+    settings = vars(args) | dict(weights=weights, versions=versions) | machine
+    write_json(Path(args.out), dict(results=results, images=images, notes=notes, settings=settings))
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
