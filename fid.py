@@ -240,7 +240,7 @@ def images_of(path: Path, crop: int | None) -> Source:
     data, pool = open_folder(path, convert, labelled=False), ThreadPoolExecutor()
 
     def read(numbers: np.ndarray) -> list[np.ndarray]:
-        return [image for image, _ in pool.map(data.read, numbers.tolist())]
+        return [frames[0] for frames, _ in pool.map(data.read, numbers.tolist())]
 
     return Source(str(path), len(data.files), read)
 

@@ -59,8 +59,8 @@ class Config:
     head_width: int = 128  # channels per attention head: 4 heads at 512 channels [ours]
     dropout: float = 0.1  # in transformer blocks only [SiD2*]
     num_classes: int = 1000  # ImageNet [SiD2]; 0: unconditional; label num_classes: null class
-    frames: int = 1  # of a clip, neighbours in the batch; 1: images [SiD2]
-    given: int = 0  # first frames of each clip that the network is shown; 0: images [SiD2]
+    frames: int = 1  # of a clip, which are neighbours in the batch; 1: images [SiD2]
+    given: int = 0  # frames that are given, the first of each clip; 0: images [SiD2]
     # noise process and loss
     noise_low: int = 32  # at t = 1 as noisy as this many pixels would be, unshifted [SiD2*]
     noise_high: int = 0  # the same at t = 0; 0 means the image size [SiD2*] [MCM]
@@ -84,12 +84,14 @@ class Config:
     interval: tuple = (-2.13, 2.55)  # of logsnr: noise 0.28 < sigma / alpha <= 2.90 [GI]
 
 
-# `shapes` is for minutes on two CPU cores, `cifar10` for one GPU. The other rows are the paper's,
-# and were not trained here. imagenet64 has a network of its own [MCM]. All rows from 128 pixels up
+# `shapes` and `moving` are for minutes on two CPU cores, `cifar10` for one GPU. The other rows are
+# the paper's, and were not trained here. imagenet64 has a network of its own [MCM]. All rows from 128 pixels up
 # are one network: compute grows by finer patches, not by more parameters [SiD2]. Sources of these
 # rows: channels and blocks [SiD2*]; noise from 32 to the image size [MCM] for 64 and 128 px,
 # [SiD2*] for 512 px, by analogy [derived] for 256 px; bias [VDM++] for 64 px, [SiD2*] for the rest,
-# and -1 at 256 px stands in [DFoT] too.
+# and -1 at 256 px stands in [DFoT] too. Kinetics600: the paper claims it [SiD2], its settings are
+# not known. Frames, given frames, size and channels are [UL]'s; bias and noise those of 128 px
+# [derived]; 256 clips per step [ours].
 PRESETS = {
     "shapes": Config(16, 1, (32, 64, 128), "RRT", depth=2, middle=2, width=256, head_width=64,
                      dropout=0.0, num_classes=6, noise_high=32, bias=2.0, steps=1200, batch=64,

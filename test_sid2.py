@@ -95,10 +95,11 @@ def test_every_constant_says_where_it_comes_from():
     assert all(" = " not in code or re.search(TAG, comment) for _, code, comment in lines)
 
     ours, papers = presets.split("    #    ", 1)
-    assert ours.count("[ours]") == ours.count("Config(") == 2
-    assert papers.count("Config(") == len(PAPER)
+    assert ours.count("[ours]") == ours.count("Config(") == 3
+    assert papers.count("Config(") == len(PAPER) + 1  # and Kinetics600
     comment = above.split("\n\n")[-1]
-    assert set(re.findall(TAG, comment)) == {"SiD2", "SiD2*", "MCM", "VDM++", "DFoT", "derived"}
+    tags = {"SiD2", "SiD2*", "MCM", "VDM++", "DFoT", "UL", "derived", "ours"}
+    assert set(re.findall(TAG, comment)) == tags
 
 
 def test_tags_do_not_promise_more_than_is_known():
@@ -109,13 +110,14 @@ def test_tags_do_not_promise_more_than_is_known():
             "SD": "steps batch lr warmup betas adam_eps clip ema label_dropout gamma",
             "GI": "guidance interval", "ours": "head_width flip"}.items():
         assert {tags[name] for name in names.split()} == {tag}
-    assert SOURCE.count("[SiD2]") == 4  # the legend, ImageNet, finer patches, the weighting
+    assert SOURCE.count("[SiD2]") == 7  # legend, ImageNet, images (2), finer patches, Kinetics600,
+    # weighting
 
 
 def gmac_of_blocks(config):
     gmac = 0
     for level, (C, kind) in enumerate(zip(config.channels, config.blocks)):
-        N = (config.image_size // config.patch_size >> level) ** 2
+        N = config.frames * (config.image_size // config.patch_size >> level) ** 2
         number = config.middle if level == len(config.channels) - 1 else 2 * config.depth
         gmac += number * (18 * C * C * N if kind == "R" else 12 * C * C * N + 2 * N * N * C) / 1e9
     return gmac
@@ -541,14 +543,15 @@ def test_any_patch_size_keeps_pixels_in_place(patch):
 
 
 @pytest.mark.parametrize("blocks, patch, shape", [
-    ("RT", 1, (4, 4, 16)), ("TT", 1, (8, 8, 8)), ("TT", 2, (4, 4, 8)), ("RRT", 1, (2, 2, 24)),
+    ("RT", 1, (1, 4, 4, 16)), ("TT", 1, (1, 8, 8, 8)), ("TT", 2, (1, 4, 4, 8)),
+    ("RRT", 1, (1, 2, 2, 24)),
     ("RR", 1, None)])
 def test_the_position_embedding_stands_where_transformers_begin(blocks, patch, shape):
     """It may be nowhere, or at the top; what it does below is in the test of the skip."""
     net = shaken(replace(TINY, blocks=blocks, channels=(8, 16, 24)[:len(blocks)], patch_size=patch))
     assert getattr(getattr(net, "position", None), "shape", None) == shape
     if blocks == "TT":
-        before, h, c = net(*INPUT), normal(2, *shape), normal(2, 16)
+        before, h, c = net(*INPUT), normal(2, *shape[1:]), normal(2, 16)
         trunk = net.trunk(h, c)
         net.position.data += 1
         assert not torch.allclose(net(*INPUT), before, atol=1e-3)
@@ -891,7 +894,143 @@ def test_the_average_starts_fast_and_ends_at_its_decay():
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The file, read as a text
+# 7. Clips: `frames` neighbours in the batch; the first `given` of them may be given
+
+CLIPS = replace(TINY, frames=4, given=2)
+FIRST = torch.tensor([True, True, False, False])  # where a clip's frames are given
+
+
+def test_kinetics600_costs_what_512_pixels_cost():
+    """658.9 GMAC per clip were counted before the preset existed; blocks alone by formulas."""
+    config = sid2.PRESETS["kinetics600_p2"]
+    assert (config.frames, config.given, config.image_size, config.num_classes) == (16, 5, 128, 0)
+    parameters, gmac = sid2.count(config)
+    assert gmac == pytest.approx(658.9, rel=0.001)
+    assert gmac_of_blocks(config) == pytest.approx(652.8, rel=0.001)
+    assert parameters / 1e6 == pytest.approx(399.1, abs=0.1)
+
+
+def test_a_frame_sees_all_frames_of_its_clip_and_none_of_another():
+    net, y = shaken(CLIPS), torch.zeros(8, dtype=torch.long)
+    z = normal(8, 3, 8, 8).requires_grad_()
+    for i in range(8):
+        (gradient,) = torch.autograd.grad(net(z, torch.zeros(8), y)[i].square().sum(), z)
+        seen = gradient.abs().amax((1, 2, 3)) > 0
+        assert seen.tolist() == [j // 4 == i // 4 for j in range(8)]
+
+
+def test_frames_have_positions_of_their_own_and_clips_have_not():
+    """With equal frames, only the position can make their answers differ; and a network of clips of
+    one frame is the network of images."""
+    z, y, zero = normal(1, 3, 8, 8).expand(8, -1, -1, -1), torch.zeros(8).long(), torch.zeros(8)
+    net = shaken(CLIPS)
+    out = net(z, zero, y)
+    assert_close(out[:4], out[4:])
+    assert not torch.allclose(out[0], out[1], atol=1e-3)
+    net.position.data[:] = net.position[:1]
+    out = net(z, zero, y)
+    assert_close(out, out[:1].expand_as(out))
+
+
+def test_given_frames_are_seen_clean_and_answered_exactly():
+    """So their loss and their gradient are 0, under guidance too, and their sample is the frame."""
+    x, eps, t = normal(8, 3, 8, 8).clamp(-1, 1), normal(8, 3, 8, 8, seed=1), torch.rand(8)
+    first, y, net, seen = FIRST.repeat(2), torch.zeros(8).long(), shaken(CLIPS), []
+
+    def watched(*inputs):
+        seen.append(inputs)
+        return net(*inputs)
+
+    given = sid2.given_frames(watched, x, first)
+    loss = sid2.training_loss(given, CLIPS, x, y, t, eps)
+    logsnr, _ = sid2.schedule(t, 8, CLIPS.noise_low, CLIPS.noise_high)
+    z = sid2.diffuse(x, eps, logsnr)
+    assert_close(seen[0][0], torch.where(first[:, None, None, None], x, z), rtol=0, atol=0)
+    assert_close(seen[0][1], torch.where(first, 20.0, logsnr), rtol=0, atol=0)
+    assert loss[first].max() < 1e-8 < 1e-3 < loss[~first].min()
+
+    config = replace(CLIPS, guidance=3.0, interval=(-50.0, 50.0))
+    sample_of = sid2.sample(given, config, [5, 6], y)
+    assert_close(sample_of[first], x[first], rtol=0, atol=1e-5)
+    assert len(seen[-1][0]) == 16  # with the null class
+
+
+def test_a_clip_depends_on_its_seed_alone():
+    net, y = shaken(CLIPS, scale=0.1), torch.zeros(4).long()
+    together = sid2.sample(net, CLIPS, [5, 6], y.repeat(2))
+    assert_close(together[4:], sid2.sample(net, CLIPS, [6], y))
+    noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(6))
+    z, _ = next(sid2.sample_steps(net, [5, 6], y.repeat(2), 3, sid2.sampling_grid(CLIPS), 8))
+    assert torch.equal(z[4:], noise)
+
+
+def test_clips_with_given_frames_follow_the_exact_conditional_distribution():
+    """Each pixel over four frames is normal with a known covariance, so the best network is a
+    matrix, and the mean and covariance of frames 3 and 4, given 1 and 2, are known. Control: to
+    put noisy given frames back after each step ("replacement") draws too wide a distribution."""
+    place = torch.arange(4.0, dtype=torch.float64)
+    K = 0.04 * 0.97 ** (place[:, None] - place).abs() + 0.003 * torch.eye(4)
+    clips, size = 4, 32
+
+    def exact(z, logsnr, y):
+        l = logsnr[:4].double()
+        a, noise = torch.diag(l.sigmoid().sqrt()), torch.diag((-l).sigmoid())
+        best = (K @ a @ (a @ K @ a + noise).inverse()).float()
+        x_hat = torch.einsum("ij,cjkhw->cikhw", best, z.unflatten(0, (-1, 4))).flatten(0, 1)
+        alpha, sigma = sid2.alpha_sigma(logsnr)
+        return (alpha * z - x_hat) / sigma
+
+    white = normal(4, clips, 3, size, size, seed=1).double()
+    x = torch.einsum("ij,j...->i...", torch.linalg.cholesky(K), white)
+    x = x.transpose(0, 1).flatten(0, 1).float()
+    first, y = FIRST.repeat(clips), torch.zeros(4 * clips).long()
+
+    def spread(drawn):
+        """Regression of frames 3, 4 on the given ones, and covariance of what is left."""
+        g, u = (frames.double().unflatten(0, (clips, 4)).transpose(0, 1).flatten(1)
+                for frames in (x, drawn))
+        slope = u[2:] @ g[:2].T @ (g[:2] @ g[:2].T).inverse()
+        return slope, torch.cov(u[2:] - slope @ g[:2])
+
+    slope = K[2:, :2] @ K[:2, :2].inverse()
+    covariance = K[2:, 2:] - slope @ K[:2, 2:]
+    net = sid2.given_frames(exact, x, first)
+    *_, (_, drawn) = sid2.sample_steps(net, range(clips), y, 0, logsnr_grid(512), size,
+                                        gamma=0.5)
+    got = spread(drawn)
+    assert_close(got[0], slope, rtol=0.03, atol=0.01)
+    assert_close(got[1], covariance, rtol=0.03, atol=0)
+
+    grid, z = logsnr_grid(64), normal(*x.shape, seed=2)
+    for i, (l_t, l_s) in enumerate(zip(grid, grid[1:])):
+        noisy = sid2.diffuse(x, normal(*x.shape, seed=3 + 2 * i), l_t)
+        z = torch.where(first[:, None, None, None], noisy, z)
+        x_hat = sid2.x_from_v(z, exact(z, l_t.expand(len(z)), y), l_t)
+        z = sid2.ddpm_step(z, x_hat, l_t, l_s, 0.5, normal(*x.shape, seed=4 + 2 * i))
+    wide = spread(x_hat)[1]
+    assert (wide.diagonal() / covariance.diagonal()).min() > 1.3
+
+
+def test_a_clip_moves_straight_on_and_bounces():
+    """So two frames tell all that follow. A window is neighbours of one clip, early or late."""
+    data = train.Shapes(16, seed=0, frames=12)
+    for i in range(50):
+        radius, centres, *_ = data.scene(i)
+        step = np.diff(centres, axis=0)
+        assert (centres >= radius - 1e-9).all() and (centres <= 1 - radius + 1e-9).all()
+        assert np.hypot(*step[0]) == pytest.approx(np.hypot(*step[0]), abs=1e-9)
+        assert (abs(step) <= abs(step[0]) + 1e-9).all()
+        free = abs(abs(step) - abs(step[0])) < 1e-9
+        assert free[0].all() and free.mean() > 0.6  # no bounce before the second frame
+    whole, labels = data.clips(np.arange(6), 0.0, 12)
+    late, _ = data.clips(np.arange(6), np.array([0, 0, 0.5, 0.5, 0.99, 0.99]), 8)
+    for i, begin in enumerate([0, 0, 2, 2, 4, 4]):
+        assert np.array_equal(late[i], whole[i, begin : begin + 8])
+    assert labels.tolist() == list(range(6))
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. The file, read as a text
 
 
 def names_used(code):
