@@ -1074,18 +1074,6 @@ def test_the_module_stays_short():
 # HERE THE METHOD ENDS. Below: the scripts, run as a user runs them. First the tools
 
 
-class Operations(TorchDispatchMode):
-    """Counts what torch is asked to compute."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.counts[operation.overloadpacket] += 1
-        return operation(*args, **(kwargs or {}))
-
-
 def flags_of(config):
     """The command line that makes `config`."""
     flags = []
@@ -1134,22 +1122,15 @@ def launch(*command, processes=1):
     """Real processes of Python; several find each other by the variables that torchrun sets."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    env = os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONPATH=str(ROOT))
     started = []
     for rank in range(processes):
-        env = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
         if processes > 1:
             env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
                         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         started.append(subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     return started
-
-
-def torchrun(script, *flags, processes=2):
-    """Runs a script under torchrun, which must end well."""
-    ((code, _, err),) = results(launch("-m", "torch.distributed.run", "--standalone",
-                                       f"--nproc_per_node={processes}", "--", script, *flags))
-    assert code == 0, err[-5000:]
 
 
 def results(started):
@@ -1162,6 +1143,13 @@ def results(started):
     return [(process.returncode, *both) for process, both in zip(started, streams)]
 
 
+def torchrun(script, *flags):
+    """Two processes of a script, which must end well."""
+    result, = results(launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                             "--", script, *flags))
+    assert result[0] == 0, result[2][-5000:]
+
+
 def error_line(code, _, err):
     """The one line of error, which stands alone at the end, whatever bar was open before it."""
     *before, last = err.removesuffix("\n").split("\n")
@@ -1170,26 +1158,20 @@ def error_line(code, _, err):
     return last
 
 
-def same(a, b, exact=True):
-    """Whether two nests of dicts, lists, tensors and numbers are equal, or close."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) if exact else torch.allclose(a, b, rtol=2e-3, atol=2e-3)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key], exact) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y, exact) for x, y in zip(a, b))
-    return a == b
+def assert_same(a, b):
+    """Weights, average, optimiser and counters of two checkpoints are equal in each bit."""
+    keys = "step skipped net ema optimizer".split()
+    assert_close([a[key] for key in keys], [b[key] for key in keys], rtol=0, atol=0)
+    assert a["classes"] == b["classes"]
 
 
-def same_run(a, b):
-    """Whether weights, average, optimiser and counters of two checkpoints are equal in each bit."""
-    return all(same(a[key], b[key]) for key in "step skipped classes net ema optimizer".split())
-
-
-def log_of(out):
-    """The rows of log.csv by step: images, loss, gradient norm, learning rate, skipped steps."""
+def log_of(out, columns=slice(1, 6)):
+    """The rows of log.csv by step, of which none comes twice: images, loss, gradient norm, learning
+    rate, skipped steps."""
     with open(out / "log.csv") as file:
-        return {int(row[0]): row[1:6] for row in list(csv.reader(file))[1:]}
+        rows = list(csv.reader(file))[1:]
+    assert len({row[0] for row in rows}) == len(rows)
+    return {int(row[0]): row[columns] for row in rows}
 
 
 def contents(*tops):
@@ -1222,15 +1204,11 @@ def folder(tmp_path_factory):
     """Three classes of images in every mode and many formats, nested, in odd sizes."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (23, 31, 3), dtype=np.uint8))
-    sixteen = Image.fromarray(rng.integers(0, 65536, (9, 8), dtype=np.uint16))
-    for name, image in {
-        "a/one.png": noise, "a/deep/grey.JPEG": noise.convert("L"),
-        "a/deep/palette.gif": noise.convert("P"), "b/alpha.PNG": noise.convert("RGBA"),
-        "b/cmyk.jpg": noise.convert("CMYK"), "b/sixteen.png": sixteen,
-        "c/pixel.bmp": noise.resize((1, 1)), "c/grey alpha.webp": noise.convert("LA"),
-        "c/bilevel.tiff": noise.convert("1"),
-    }.items():
-        put(root, name, image=image)
+    for name, mode in {"a/one.png": "RGB", "a/deep/grey.JPEG": "L", "a/deep/palette.gif": "P",
+                       "b/alpha.PNG": "RGBA", "b/cmyk.jpg": "CMYK", "b/whole numbers.tif": "I",
+                       "c/one.bmp": "RGB", "c/grey alpha.webp": "LA",
+                       "c/bilevel.tiff": "1"}.items():
+        put(root, name, image=noise.convert(mode))
     (root / "c" / "notes.txt").write_text("not an image")
     return root
 
@@ -1253,18 +1231,14 @@ def test_a_run_leaves_a_checkpoint_its_settings_a_log_and_pictures(finished):
     names = {str(path.relative_to(finished)) for path in finished.rglob("*")}
     assert names == {"checkpoint.pt", "config.json", "log.csv", "samples", "samples/0000005.png",
                      "samples/0000007.png"}
+    checkpoint, picture = finished / "checkpoint.pt", finished / "samples/0000007.png"
+    assert checkpoint.stat().st_mtime_ns < picture.stat().st_mtime_ns  # drawn when all is safe
     assert Image.open(finished / "samples/0000005.png").height == 3 * 66  # a row for each class
-    settings = json.loads((finished / "config.json").read_text())
-    assert settings["channels"] == [8, 16] and settings["classes"] == ["a", "b", "c"]
-    state = torch.load(finished / "checkpoint.pt", weights_only=True)
+    state = train.load_checkpoint(finished)
     assert state["step"] == 7 and state["skipped"] == 0 and state["classes"] == ["a", "b", "c"]
-    net = sid2.ResidualUViT(sid2.Config(**state["config"]))
-    for weights in ("net", "ema"):
-        net.load_state_dict(state[weights])
-    parameters, gmac = sid2.count(TINY)
     printed = (finished.parent / "printed").read_text()
-    for said in ("a 3 b 3 c 3", "9 images", f"{parameters / 1e6:.1f} M parameters, {gmac:.2f} GMAC",
-                 "1 x cpu, fp32", "image_size 8", "a new run", "7 of 7 steps done"):
+    for said in ("a 3 b 3 c 3", "9 images", "M parameters", "GMAC", "1 x cpu, fp32",
+                 "image_size 8", "a new run", "7 of 7 steps done"):
         assert said in printed
 
 
@@ -1274,84 +1248,67 @@ def test_the_log_has_a_row_where_it_is_due_and_before_each_checkpoint_and_pictur
     fit(tmp_path, "--data", folder, "--log-every", 1, "--save-every", 0, "--sample-every", 0,
         steps=7, warmup=4)
     assert {path.name for path in tmp_path.rglob("*")} == {"config.json", "log.csv", "samples"}
-    each, gmac = log_of(tmp_path), sid2.count(TINY)[1]
-    with open(finished / "log.csv") as file:
-        rows = {int(row["step"]): row for row in csv.DictReader(file)}
+    each, rows = log_of(tmp_path), log_of(finished, slice(1, None))
     assert list(rows) == [3, 4, 5, 6, 7]
     mean = sum(float(each[step][1]) for step in (1, 2, 3)) / 3
-    assert float(rows[3]["loss"]) == pytest.approx(mean, rel=1e-5)
+    assert float(rows[3][1]) == pytest.approx(mean, rel=1e-5)
     assert [float(each[step][3]) for step in (1, 2, 4, 5)] == [0.0025, 0.005, 0.01, 0.01]
-    for step, row in rows.items():
-        assert row["images"] == str(8 * step) and row["grad_norm"] == each[step][2]
-        assert row["skipped"] == "0" and row["gigabytes"] == "" and 0 < float(row["data_wait"]) < 1
-        tflops = 3 * 2 * gmac / 1e3 * float(row["images_per_second"])  # forward, and twice backward
-        assert float(row["tflops"]) == pytest.approx(tflops, rel=1e-2)
-    assert float(rows[7]["seconds"]) >= float(rows[3]["seconds"]) > 0
+    for step, (images, _, norm, _, skipped, rate, tflops, peak, wait, _) in rows.items():
+        assert images == str(8 * step) and norm == each[step][2]
+        assert skipped == "0" and peak == "" and 0 < float(wait) < 1
+        wanted = 3 * 2 * sid2.count(TINY)[1] / 1e3 * float(rate)  # forward, and twice backward
+        assert float(tflops) == pytest.approx(wanted, rel=1e-2)
+    assert float(rows[7][-1]) >= float(rows[3][-1]) > 0  # seconds
 
 
-@pytest.mark.parametrize("kind", ["shapes", "folder"])
+def amid(patch, calls, *signals, factor=1):
+    """At these calls of the loss signals come in, and it is multiplied by `factor`."""
+    count, loss = itertools.count(1), sid2.training_loss
+
+    def changed(*args):
+        if next(count) not in calls:
+            return loss(*args)
+        for number in signals:
+            signal.raise_signal(number)
+        return factor * loss(*args)
+
+    patch.setattr(sid2, "training_loss", changed)
+
+
 def test_a_run_that_goes_on_from_a_checkpoint_equals_an_uninterrupted_one_bit_for_bit(
-        tmp_path, folder, monkeypatch, kind):
+        tmp_path, folder, monkeypatch):
     """Weights, average, optimiser, log and pictures, with dropout, flips, label dropout and epochs
-    that end amid a batch. A crash after the checkpoint of step 4 leaves one more row of the log,
-    and half of one."""
-    config = replace(TINY, dropout=0.2, steps=7)
-    flags = ["--data", folder if kind == "folder" else kind, "--log-every", 3, "--save-every", 4,
-             "--sample-every", 5]
-    expected, _ = fit(tmp_path / "whole", *flags, config=config)
-    update = sid2.ema_update
-
-    def crash(average, net, updates, decay):
-        update(average, net, updates, decay)
-        if updates == 5:
-            raise LookupError
-
+    that end amid a batch. A second Ctrl-C does not wait for the end of step 6. After the checkpoint
+    of step 4 the log has a row that is made again, one too many, and half of one."""
+    config, whole, cut = replace(TINY, dropout=0.2, steps=7), tmp_path / "whole", tmp_path / "cut"
+    flags = ["--data", folder, "--log-every", 3, "--save-every", 4, "--sample-every", 5]
+    expected, _ = fit(whole, *flags, config=config)
     with monkeypatch.context() as patch:
-        patch.setattr(sid2, "ema_update", crash)
-        with pytest.raises(LookupError):
-            fit(tmp_path / "cut", *flags, config=config)
-    with open(tmp_path / "cut" / "log.csv", "a") as log:
+        amid(patch, [6], signal.SIGINT, signal.SIGINT)
+        code, _, err = run(train, "--out", cut, *flags_of(config), *flags)
+    assert code == 130 and "interrupted" in err.split("\n")[-2] and "Traceback" not in err
+    assert list(log_of(cut)) == [3, 4, 5] and not list(cut.rglob(".*"))
+    with open(cut / "log.csv", "a") as log:
         log.write("6,48,9,9,9,0,9,9,9,9,9\nbro")
-    state, printed = fit(tmp_path / "cut", *flags, config=config)
-    assert "resumed at step 4" in printed and same_run(state, expected)
-    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
-    one, two = (contents(tmp_path / name / "samples") for name in ("whole", "cut"))
+    for said in ("resumed at step 4", "resumed at step 7"):
+        state, printed = fit(cut, *flags, config=config)
+        assert said in printed
+        assert_same(state, expected)
+    assert log_of(cut) == log_of(whole)
+    one, two = (contents(top / "samples") for top in (whole, cut))
     assert list(one.values()) == list(two.values()) and len(one) == 2
-    again, _ = fit(tmp_path / "cut", *flags, config=config)
-    assert same_run(again, expected)  # nothing was left to do
-
-
-def interrupt(patch, call, *numbers):
-    """Signals to this process itself, amid the given call of the loss."""
-    calls, loss = itertools.count(1), sid2.training_loss
-
-    def interrupted(*args):
-        if next(calls) == call:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-        return loss(*args)
-
-    patch.setattr(sid2, "training_loss", interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(tmp_path, monkeypatch, number):
     expected, _ = fit(tmp_path / "whole", steps=5)
     with monkeypatch.context() as patch:
-        interrupt(patch, 3, number)
+        amid(patch, [3], number)
         state, printed = fit(tmp_path / "cut", steps=5)
     assert state["step"] == 3 and "3 of 5 steps done" in printed and "by a signal" in printed
-    state, printed = fit(tmp_path / "cut", steps=5)
-    assert "resumed at step 3" in printed and same_run(state, expected)
+    state, _ = fit(tmp_path / "cut", steps=5)
+    assert_same(state, expected)
     assert list(log_of(tmp_path / "cut")) == [3, 5]
-
-
-def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
-    interrupt(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
-    code, _, err = run(train, "--out", tmp_path, *flags_of(TINY), "--save-every", 2)
-    assert code == 130 and "interrupted" in err.split("\n")[-2] and "Traceback" not in err
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
-    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGKILL, 1)] + LONG * [
@@ -1359,22 +1316,17 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
 def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
         tmp_path, folder, number, processes):
     """Also amid saving and drawing: each step writes a checkpoint, every fifth a picture."""
-    config, rng = replace(TINY, dropout=0.2, steps=300 if LONG else 30), random.Random(0)
-    flags = ["--data", folder, "--save-every", 1, "--sample-every", 5, "--micro-batch", 4]
-    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    config = replace(TINY, dropout=0.2, steps=300 if LONG else 30)
+    rng = random.Random(0)
+    whole, checkpoint = tmp_path / "whole/checkpoint.pt", tmp_path / "killed/checkpoint.pt"
 
-    def start(out):
-        return launch(ROOT / "train.py", "--out", out, *flags_of(config), *flags,
+    def start(file):
+        return launch(ROOT / "train.py", "--out", file.parent, *flags_of(config), "--data", folder,
+                      "--save-every", 1, "--sample-every", 5, "--micro-batch", 4,
                       processes=processes)
 
-    def finish(out):
-        if processes == 1:
-            return fit(out, *flags, config=config)[0]
-        assert [code for code, _, _ in results(start(out))] == [0] * processes
-        return torch.load(out / "checkpoint.pt", weights_only=True)
-
-    for kill in range((10 if processes == 1 else 5) if LONG else 1):
-        begun, started = time.time(), start(tmp_path / "killed")
+    for kill in range(10 // processes if LONG else 1):
+        begun, started = time.time(), start(checkpoint)
         while not checkpoint.exists() or checkpoint.stat().st_mtime < begun:
             assert all(process.poll() is None for process in started)
             time.sleep(0.01)
@@ -1384,37 +1336,28 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
         codes = [process.wait(60) for process in started]
         assert codes == [0 if number == signal.SIGTERM else -number] * processes
     assert 0 < torch.load(checkpoint, weights_only=True)["step"] < config.steps
-    assert same_run(finish(tmp_path / "killed"), finish(tmp_path / "whole"))
+    for file in (whole, checkpoint):
+        assert [code for code, _, _ in results(start(file))] == [0] * processes
+    assert_same(*(torch.load(file, weights_only=True) for file in (whole, checkpoint)))
 
 
-def poison(patch, calls, value=math.nan):
-    """At the given calls the loss, and so its gradient, is multiplied by `value`."""
-    count, loss = itertools.count(1), sid2.training_loss
-    patch.setattr(sid2, "training_loss",
-                  lambda *args: loss(*args) * (value if next(count) in calls else 1))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_whose_gradient_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, value):
-    """Weights, moments and their step counts stay as they were before it."""
+def test_steps_whose_gradient_is_not_finite_are_skipped_and_ten_in_a_row_end_the_run(
+        tmp_path, monkeypatch):
+    """Nine do not, nor ten with a good step among them. Weights, moments and their step counts
+    stay as they were."""
     before, _ = fit(tmp_path / "two", "--log-every", 1, steps=2)
-    poison(monkeypatch, [3], value)
-    after, _ = fit(tmp_path / "three", "--log-every", 1, steps=3)
-    assert same(before["net"], after["net"])
-    assert same(before["optimizer"]["state"], after["optimizer"]["state"])
-    assert all(w.isfinite().all() for w in after["ema"].values())
-    rows = log_of(tmp_path / "three")
-    assert rows.pop(3)[1:] == ["nan", "nan", "0.01", "1"] and after["skipped"] == 1
-    assert rows == log_of(tmp_path / "two")
-
-
-def test_ten_such_steps_in_a_row_end_the_run_and_nine_do_not(tmp_path, monkeypatch):
-    poison(monkeypatch, [*range(2, 11), *range(12, 25)])
-    line = error_line(*run(train, "--out", tmp_path, *flags_of(TINY), "--steps", 24, "--save-every",
-                           2, "--log-every", 4))
-    assert "ten steps in a row" in line and "up to step 21" in line
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 20 and state["skipped"] == 18
+    amid(monkeypatch, [*range(3, 12), *range(13, 18), *range(20, 40)], factor=math.inf)
+    out, flags = tmp_path / "run", [*flags_of(TINY), "--log-every", 1, "--save-every", 2]
+    after, _ = fit(out, *flags, "--steps", 11)
+    assert_close(after["net"], before["net"], rtol=0, atol=0)
+    assert_close(after["optimizer"]["state"], before["optimizer"]["state"], rtol=0, atol=0)
+    rows = log_of(out)
+    assert rows[3][1:] == ["nan", "nan", "0.01", "1"] and after["skipped"] == 9
+    assert [rows[step] for step in (1, 2)] == list(log_of(tmp_path / "two").values())
+    line = error_line(*run(train, "--out", out, *flags, "--steps", 40, "--log-every", 9))
+    assert "ten steps in a row" in line and "up to step 29" in line
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 28 and state["skipped"] == 23
     assert all(w.isfinite().all() for w in [*state["net"].values(), *state["ema"].values()])
 
 
@@ -1422,69 +1365,58 @@ def test_neither_processes_nor_micro_batches_change_a_run(tmp_path, monkeypatch)
     """Two processes of two micro-batches each are one batch: in weights, average and log. At step 2
     the gradient is not finite, in the second process alone; both skip it. Adam with epsilon 1e-12
     turns rounding of tiny gradients into steps, hence the tolerance."""
-    (tmp_path / "poisoned.py").write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import sid2, train
-calls, loss = [], sid2.training_loss
-def poisoned(*args):
-    calls.append(os.environ["RANK"])
-    return loss(*args) * (float("nan") if calls == 3 * ["1"] else 1)
-sid2.training_loss = poisoned
+    poisoned = f"""
+import os, pytest, train
+from {Path(__file__).stem} import amid
+amid(pytest.MonkeyPatch(), [3] if os.environ["RANK"] == "1" else [], factor=float("nan"))
 train.guarded(train.main)
-""")
-    flags = [*flags_of(TINY), "--log-every", 1]
-    started = launch(tmp_path / "poisoned.py", "--out", tmp_path / "two", *flags, "--micro-batch",
-                     2, processes=2)
-    poison(monkeypatch, [2])
+"""
+    flags = [*flags_of(TINY), "--log-every", 1, "--micro-batch", 2]
+    started = launch("-c", poisoned, "--out", tmp_path / "two", *flags, processes=2)
+    amid(monkeypatch, [2], factor=math.nan)
     one, _ = fit(tmp_path / "one", "--log-every", 1)
     for code, _, err in results(started):
         assert code == 0, err
     two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
-    assert same(one["net"], two["net"], exact=False) and same(one["ema"], two["ema"], exact=False)
+    for part in "net", "ema":
+        assert_close(one[part], two[part], rtol=2e-3, atol=2e-3)
     ours, theirs = (list(log_of(tmp_path / name).values()) for name in ("one", "two"))
     np.testing.assert_allclose(np.array(ours, float), np.array(theirs, float), rtol=1e-3)
     assert [row[4] for row in theirs] == ["0", "1", "1", "1"] and theirs[1][1] == "nan"
 
 
-def test_the_shares_of_two_processes_are_the_batch(tmp_path, folder):
-    """And each image keeps its label, time and noise. A data set that is pickled, as for a loader
-    process that starts afresh, gives the same item."""
-    npz(tmp_path / "images.npz", arr_1=np.arange(2))
-    for name in ("shapes", folder, tmp_path / "images.npz"):
-        data = train.open_data(str(name), 8, seed=0)
-        whole, *halves = (train.Batches(data, TINY, 5, first, count)
-                          for first, count in ((0, 8), (0, 4), (4, 4)))
-        item = whole[3]
-        assert [len(part) for part in item] == [8] * 4 and item[0].dtype == torch.uint8
-        for part, a, b in zip(item, halves[0][3], halves[1][3]):
-            assert torch.equal(part, torch.cat([a, b]))
-        assert same(pickle.loads(pickle.dumps(whole))[3], item)
-        assert not same(train.Batches(data, TINY, 6, 0, 8)[3], item)
-        assert len(set(torch.cat([whole[step][3] for step in range(4)]).tolist())) == 32
-
-
 def test_training_waits_for_the_device_at_rows_of_the_log_alone(tmp_path):
     """No step asks for the value of a tensor: not of the loss, nor whether the gradient is finite.
     Adam and the average each cost one call for all tensors."""
-    with Operations() as operations:
+    counts, aten = Counter(), torch.ops.aten
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            counts[operation.overloadpacket] += 1
+            return operation(*args, **(kwargs or {}))
+
+    with Counting():
         fit(tmp_path, "--log-every", 99, "--sample-every", 0, "--save-every", 0)
-    counts, aten = operations.counts, torch.ops.aten
     assert counts[aten._fused_adam_] == counts[aten._foreach_lerp_] == TINY.steps
     assert counts[aten._local_scalar_dense] <= 1  # the DataLoader's seed
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_is_called_by_its_name(tmp_path):
-    """A real process whose files cannot grow past 4 kB: it ends, with its loader process."""
+def test_a_full_disk_is_called_by_its_name_and_what_was_there_stays(tmp_path):
+    """Real processes whose files cannot grow past 2 kB: a checkpoint fails, and an image, in the
+    thread that writes it. The loader process ends too."""
     pytest.importorskip("resource")
-    fit(tmp_path, steps=1)
-    before, file = contents(tmp_path), tmp_path / "checkpoint.pt"
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resource, train; "
-            "resource.setrlimit(resource.RLIMIT_FSIZE, 2 * [4096]); train.guarded(train.main)")
-    result, = results(launch("-c", code, "--out", tmp_path, *flags_of(TINY), "--save-every", 2))
-    assert "File too large" in error_line(*result) and "step/s" in result[2]
+    code = ("import resource, sample, train; "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, 2 * [2048]); train.guarded({}.main)")
+    for size in (8, 32):
+        fit(tmp_path / f"{size}", "--sample-every", 0, image_size=size, steps=1)
+    before, checkpoint = contents(tmp_path), tmp_path / "8" / "checkpoint.pt"
+    for script, *flags in (("train", "--out", tmp_path / "8", *flags_of(TINY), "--save-every", 2),
+                           ("sample", tmp_path / "32", "--device", "cpu", "--out", tmp_path / "x")):
+        result, = results(launch("-c", code.format(script), *flags))
+        assert "File too large" in error_line(*result) and "%|" in result[2]
     after = contents(tmp_path)
-    assert after.keys() == before.keys() and after[file] == before[file]
+    assert after.keys() - before.keys() == {tmp_path / "x" / "settings.json"}
+    assert after[checkpoint] == before[checkpoint]
 
 
 def test_a_finer_network_starts_from_a_coarser_run(tmp_path, finished):
@@ -1495,8 +1427,8 @@ def test_a_finer_network_starts_from_a_coarser_run(tmp_path, finished):
     fresh = "condition.label.weight, embed.weight, head.bias, head.weight"
     assert f"started afresh: {fresh}" in printed
     old, key = torch.load(finished / "checkpoint.pt", weights_only=True), "middle.0.qkv.weight"
-    assert same([new["net"][key], new["ema"][key]], 2 * [old["ema"][key]])
-    assert not same(old["net"][key], old["ema"][key])
+    assert new["net"][key].equal(old["ema"][key]) and new["ema"][key].equal(old["ema"][key])
+    assert not old["net"][key].equal(old["ema"][key])
 
 
 def test_labels_can_be_left_out_or_missing(tmp_path, folder):
@@ -1517,30 +1449,28 @@ def test_labels_can_be_left_out_or_missing(tmp_path, folder):
 
 
 def test_images_of_every_kind_become_rgb(folder):
-    data = train.open_data(str(folder), 8, seed=0)
-    images, labels = data[np.arange(9)]
+    images, labels = train.open_data(str(folder), 8, seed=0)[np.arange(9)]
     assert np.asarray(images).shape == (9, 8, 8, 3) and np.asarray(images).dtype == np.uint8
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and data.classes == ["a", "b", "c"]
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     ramp = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
     assert np.array_equal(np.asarray(train.to_rgb(ramp))[..., 1], np.asarray(ramp) >> 8)
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert np.asarray(train.to_rgb(clear)).min() == 255
     turned = Image.new("RGB", (4, 2))
-    exif = turned.getexif()
-    exif[0x0112] = 6  # orientation: a quarter turn
-    turned.save(buffer := io.BytesIO(), "JPEG", exif=exif)
-    assert train.to_rgb(Image.open(buffer)).size == (2, 4)
+    turned.getexif()[0x0112] = 6  # orientation: a quarter turn
+    assert train.to_rgb(turned).size == (2, 4)
 
 
 def test_the_crop_keeps_the_middle_and_its_proportions():
     """ADM's: by box to less than twice the size, then bicubic, then the centre."""
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, 64:128] = 200
-    assert (np.asarray(train.centre_crop(Image.fromarray(wide), 16))[:, 2:-2] == 200).all()
+    assert (np.asarray(train.centre_crop(Image.fromarray(wide), 16)) == 200).all()
     board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-    flat = np.asarray(train.centre_crop(board.convert("RGB"), 32)).astype(int)
+    flat = np.asarray(train.centre_crop(board, 32)).astype(int)
     assert abs(flat - 127).max() <= 1  # a box average of a chessboard is grey
-    assert train.centre_crop(Image.new("RGB", (5, 3)), 16).size == (16, 16)
+    white = train.centre_crop(Image.new("L", (65, 43), 255), 62)
+    assert white.size == (62, 62) and np.asarray(white).min() == 255  # rounding leaves no edge
     with pytest.raises(ValueError, match="elongated"):  # it would fill the memory
         train.centre_crop(Image.new("1", (2_000_000, 1)), 64)
 
@@ -1556,33 +1486,40 @@ def test_links_are_followed_once_and_hidden_files_are_left_out(tmp_path, folder)
     assert np.bincount(data.labels).tolist() == [3, 2, 2]
 
 
-def test_every_epoch_shows_every_image_once_in_a_new_order(folder):
-    batches = train.Batches(train.open_data(str(folder), 8, seed=0), TINY, 0, 0, 8)
-    epochs = np.reshape([batches.image_of(number) for number in range(36)], (4, 9))
-    assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
+def test_an_epoch_has_every_image_once_half_of_them_mirrored_and_a_tenth_without_label(
+        tmp_path, folder):
+    """Each epoch in a new order, and no noise comes twice. A data set that is pickled, as for a
+    loader process that starts afresh, gives the same."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    stored = npz(tmp_path / "images.npz", arr_0=images, arr_1=np.arange(5) % 3)
+    for name in ("shapes", folder, stored):
+        batches = train.Batches(train.open_data(str(name), 8, seed=0), TINY, 5, 0, 8)
+        assert_close(pickle.loads(pickle.dumps(batches))[3], batches[3], rtol=0, atol=0)
+    order = np.array([batches.image_of(number) for number in range(400)])
+    assert (np.sort(order.reshape(80, 5)) == np.arange(5)).all()
+    assert len(np.unique(order.reshape(80, 5), axis=0)) > 40
+    items = zip(*(batches[step] for step in range(50)))
+    got, labels, _, seeds = (torch.cat(parts).numpy() for parts in items)
+    mirrored = (got == images[order, :, ::-1]).all((1, 2, 3))
+    null = labels == TINY.num_classes
+    assert (mirrored ^ (got == images[order]).all((1, 2, 3))).all()
+    assert (null | (labels == order % 3)).all() and len(set(seeds)) == 400
+    assert 0.4 < mirrored.mean() < 0.6 and 0.05 < null.mean() < 0.15
 
 
-def test_shapes_depend_on_seed_and_number_alone_at_any_size():
-    """At 16 px a drawing is what the eye sees of the same drawing at 64 px."""
-    small, medium, large = (train.Shapes(size, seed=3) for size in (16, 64, 96))
-    images, labels = medium[np.arange(40)]
-    again, _ = medium[np.array([17, 5])]
-    assert np.array_equal(again, images[[17, 5]]) and set(labels) == set(range(6))
-    assert not np.array_equal(images, train.Shapes(64, seed=4)[np.arange(40)][0])
-    seen = images.reshape(40, 16, 4, 16, 4, 3).mean((2, 4))
-    assert abs(seen - small[np.arange(40)][0]).max() <= 1
-    assert large[np.arange(40)][0].mean((1, 2, 3)) == pytest.approx(images.mean((1, 2, 3)), abs=3)
-    assert len(small.labels) == 1_000_000 and small[np.array([999_999])][0].std() > 10
-
-
-def test_shapes_are_whole():
-    """None is cut off by the frame: as wide as high, but for the moon, at the same contrast."""
-    shapes = train.Shapes(64, seed=0)
-    for image, label in zip(*shapes[np.arange(120)]):
+def test_shapes_are_whole_and_depend_on_seed_and_number_alone():
+    """At 16 px a drawing is what the eye sees of it at 64 px: as wide as high, but for the moon, so
+    that the frame cuts nothing off, and at the same contrast."""
+    small, large = (train.Shapes(size, seed=3) for size in (16, 64))
+    images, labels = large[np.arange(120)]
+    assert np.array_equal(large[np.array([17, 5])][0], images[[17, 5]])
+    assert not np.array_equal(images, train.Shapes(64, seed=4)[np.arange(120)][0])
+    seen = images.reshape(120, 16, 4, 16, 4, 3).mean((2, 4))
+    assert abs(seen - small[np.arange(120)][0]).max() <= 1
+    for image, label in zip(images, labels):
         inside = (image > image.min((0, 1))).any(2)  # dark is darker in every channel
         height, width = (np.ptp(np.flatnonzero(inside.any(axis))) + 1 for axis in (1, 0))
-        wanted = 0.775 if shapes.classes[label] == "moon" else 1
+        wanted = 0.775 if large.classes[label] == "moon" else 1
         assert abs(width - wanted * height) <= 2 and height > 20 and image.max() == 255
 
 
@@ -1590,20 +1527,15 @@ def test_cifar10_is_read_from_the_binary_archive(tmp_path, monkeypatch):
     """10,000 records per file, label first, then planes R, G, B. Without a connection the message
     says what to fetch and where to put it; a damaged archive is named."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(train, "CIFAR10", (tmp_path / "nowhere").as_uri())
     archive = tmp_path / "hub" / "cifar-10-binary.tar.gz"
-
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     flags = ["--preset", "cifar10", "--out", tmp_path / "run", "--device", "cpu"]
-    message = error_line(*run(train, *flags))
-    assert train.CIFAR10 in message and str(archive) in message
+    assert f"fetch {train.CIFAR10} elsewhere and put it at {archive}" in error_line(
+        *run(train, *flags))
     archive.write_bytes(b"no archive")
-    assert str(archive) in error_line(*run(train, *flags))
-    record = np.random.default_rng(0).integers(0, 10, 3073, dtype=np.uint8)
+    assert f"{archive} is damaged" in error_line(*run(train, *flags))
     records = np.zeros((10_000, 3073), np.uint8)
-    records[7] = record
+    records[7] = record = np.random.default_rng(0).integers(0, 10, 3073)
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         for i in range(1, 6):
             info = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i}.bin")
@@ -1634,47 +1566,32 @@ def test_eight_bits_survive_the_way_there_and_back():
     assert np.array_equal(train.to_uint8(values / 127.5 - 1), values.permute(0, 2, 3, 1).numpy())
 
 
-def rubbish(root):
-    """A folder with every kind of file that has stopped somebody's run: names of the bad ones."""
-    put(root, "a/good.png", "b/good.png")
-    put(root, "a/pixel.png", image=Image.new("RGB", (1, 1), "red"))
-    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
-    frames[0].save(root / "b" / "animated.gif", save_all=True, append_images=frames[1:])
-    put(root, "b/wire.png", image=Image.new("1", (20_000, 1)))
-    (root / "a" / "looks.png").mkdir()
-    (root / "a" / "zero.png").write_bytes(b"")
-    (root / "a" / "text.jpg").write_text("<html>404</html>")
-    (root / "a" / "cut.png").write_bytes((root / "a" / "good.png").read_bytes()[:45])
-    (root / "b" / "nowhere.png").symlink_to(root / "gone.png")
-    (root / "b" / "loop.png").symlink_to(root / "b" / "loop.png")
-    (root / "b" / "up").symlink_to(root)
-    put(root, "b/bomb.png", image=Image.new("1", (40_000, 20_000)))
-    return {"a/zero.png", "a/text.jpg", "a/cut.png", "b/nowhere.png", "b/loop.png", "b/bomb.png"}
-
-
-def test_an_unreadable_image_is_named_and_ends_the_run_or_the_next_one_takes_its_place(
+def test_an_unreadable_image_ends_the_run_or_the_next_one_and_its_label_take_its_place(
         tmp_path, capsys):
-    """Zero bytes, no image, half an image, links to nowhere or in a loop, a decompression bomb."""
-    bad = rubbish(tmp_path / "data")
-    flags = ["--data", tmp_path / "data", "--out", tmp_path / "run", *flags_of(TINY)]
-    message = error_line(*run(train, *flags))
-    assert any(f"{tmp_path}/data/{name} is no readable" in message for name in bad)
-    assert "--skip-bad" in message
+    """Zero bytes, no image, half an image, links to nowhere or in a loop, a decompression bomb. The
+    line of error begins a line of its own though a bar is open."""
+    top = put(tmp_path / "data", "a/good.png", "a/cut.png")
+    put(top, "b/good.png", image=Image.new("RGB", (8, 8), "red"))
+    put(top, "b/bomb.png", image=Image.new("1", (40_000, 20_000)))
+    halve(top / "a/cut.png")
+    (top / "a/zero.png").write_bytes(b"")
+    (top / "a/text.jpg").write_text("<html>404</html>")
+    (top / "b/nowhere.png").symlink_to("gone.png")
+    (top / "b/loop.png").symlink_to("loop.png")
+    flags = ["--data", top, "--out", tmp_path / "run", *flags_of(TINY)]
+    code, printed, err = run(train, *flags)
+    line = error_line(code, printed, err)
+    assert re.search(rf"{top}/.* is no readable image .*--skip-bad", line) and "step/s" in err
     code, printed, err = run(train, *flags, "--skip-bad")
-    assert code == 0 and "a 5 b 6" in printed and "4 of 4 steps done" in printed, err
-    data = train.open_data(str(tmp_path / "data"), 8, seed=0, skip_bad=True)
-    names = [str(file.relative_to(tmp_path / "data")) for file in data.files]
-    images, labels = data[np.arange(len(names))]
-    warned = re.findall(rf"^warning: {tmp_path}/data/(\S+) is no", capsys.readouterr().err, re.M)
-    assert set(warned) == bad
-    for place in range(len(names)):
-        taken = next(i % len(names) for i in itertools.count(place) if names[i % len(names)] not in
-                     bad)
-        assert np.array_equal(images[place], images[taken]) and labels[place] == labels[taken]
-    only = put(tmp_path / "only", "x.png")
-    (only / "x.png").write_bytes(b"")
-    with pytest.raises(train.ImageError, match="none of the images in .*only can be read"):
-        train.open_data(str(only), 8, seed=0, skip_bad=True)[np.array([0])]
+    assert code == 0 and "a 4 b 4" in printed and "4 of 4 steps done" in printed, err
+    data = train.open_data(str(top), 8, seed=0, skip_bad=True)
+    images, labels = data[np.arange(8)]
+    assert labels.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]  # cut good text zero bomb good loop nowhere
+    assert [image[0, 0, 0] // 255 for image in images] == labels.tolist()
+    assert len(set(re.findall(rf"^warning: {top}/\S+", capsys.readouterr().err, re.M))) == 6
+    halve(put(tmp_path / "only", "x.png") / "x.png")
+    with pytest.raises(train.ImageError, match="none of the images in .* can be read"):
+        train.open_data(str(tmp_path / "only"), 8, seed=0, skip_bad=True)[np.array([0])]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1682,14 +1599,11 @@ def test_an_unreadable_image_is_named_and_ends_the_run_or_the_next_one_takes_its
 
 
 def test_the_image_of_a_seed_depends_on_neither_batch_nor_order_nor_processes(finished, tmp_path):
-    """npz: in the order of the seeds, so never sorted by class. It trains again."""
+    """npz: in the order of the seeds, so never sorted by class. It can be trained on."""
     flags = ["--device", "cpu", "--precision", "fp32", "--format", "npz", "--count", 7]
-    started = launch("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                     ROOT / "sample.py", finished, *flags, "--batch", 2, "--out", tmp_path / "two")
+    torchrun(ROOT / "sample.py", finished, *flags, "--batch", 2, "--out", tmp_path / "two")
     make_samples(finished, *flags, "--batch", 5, "--out", tmp_path / "one")
     make_samples(finished, "--seeds", 3, 4, "--out", tmp_path / "few")
-    for code, _, err in results(started):
-        assert code == 0, err
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     images = one["arr_0"].astype(int)
     assert one["arr_0"].dtype == np.uint8 and images.shape == (7, 8, 8, 3)
@@ -1698,10 +1612,8 @@ def test_the_image_of_a_seed_depends_on_neither_batch_nor_order_nor_processes(fi
     assert len({image.tobytes() for image in images}) == 7
     few = [np.asarray(Image.open(tmp_path / f"few/00000{seed}.png")) for seed in (3, 4)]
     assert abs(images[3:5] - few).max() <= 1
-    state, _ = fit(tmp_path / "run", "--data", tmp_path / "one.npz")
-    assert state["classes"] == ["0", "1", "2"]
-    assert np.array_equal(train.open_data(str(tmp_path / "two.npz"), 8, 0)[np.arange(7)][0],
-                          two["arr_0"])
+    data = train.open_data(str(tmp_path / "one.npz"), 8, seed=0)
+    assert np.array_equal(data[np.arange(7)][0], images) and data.classes == ["0", "1", "2"]
 
 
 def test_a_folder_of_samples_is_completed_and_the_rest_is_left_alone(finished, tmp_path):
@@ -1709,19 +1621,14 @@ def test_a_folder_of_samples_is_completed_and_the_rest_is_left_alone(finished, t
     flags = ["--out", tmp_path / "images", "--count", 6]
     assert f"wrote {tmp_path / 'images.png'}" in make_samples(finished, *flags)
     assert Image.open(tmp_path / "images.png").height == 3 * 66
-    files = sorted((tmp_path / "images").glob("*.png"))
-    assert [file.name for file in files] == [f"00000{seed}.png" for seed in range(6)]
-    before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
-    for file in (files[2], files[4]):
-        file.unlink()
+    files = [tmp_path / f"images/00000{seed}.png" for seed in range(6)]
+    before = [file.stat().st_mtime_ns for file in files]
+    files[2].unlink()
+    files[4].unlink()
     make_samples(finished, *flags)
     make_samples(finished, *flags)  # nothing is missing
-    after = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
-    kept = [a[0] == b[0] for a, b in zip(before, after)]
+    kept = [file.stat().st_mtime_ns == time for file, time in zip(files, before)]
     assert kept == [True, True, False, True, False, True]
-    for (_, old), (_, new) in zip(before, after):
-        old, new = (np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (old, new))
-        assert abs(old - new).max() <= 1
     everything = contents(tmp_path)
     message = error_line(*run(sample, finished, "--device", "cpu", *flags, "--steps", 2))
     assert "other settings (config" in message and contents(tmp_path) == everything
@@ -1737,8 +1644,6 @@ def test_every_flag_of_sample_reaches_the_sampler(finished, tmp_path):
     assert paths[0].endswith("run/samples-0000007-precision-fp32.png")
     assert paths[8].endswith("run/samples-0000007-classes-2-0-precision-fp32.png")
     assert len({Path(path).read_bytes() for path in paths}) == len(set(paths)) == len(flags)
-    settings = json.loads((Path(paths[6]).with_suffix("") / "settings.json").read_text())
-    assert settings["config"]["interval"] == [-20, 20] and settings["step"] == 7
 
 
 def test_a_trajectory_ends_in_the_sample(finished, tmp_path):
@@ -1758,25 +1663,6 @@ def test_a_trajectory_ends_in_the_sample(finished, tmp_path):
     assert not list(tmp_path.glob("x.*"))
 
 
-def test_a_full_disk_amid_a_png_leaves_nothing_under_its_name(finished, tmp_path, monkeypatch):
-    save, calls = Image.Image.save, itertools.count(1)
-
-    def full(image, path, *args):
-        save(image, path, *args)
-        if next(calls) == 4:
-            os.truncate(path, 30)
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    result = run(sample, finished, "--device", "cpu", "--out", tmp_path / "x", "--count", 6,
-                 "--batch", 2)
-    assert "No space left" in error_line(*result) and not list(tmp_path.rglob(".*"))
-    names = {path.name for path in tmp_path.rglob("*.*")}
-    assert "000002.png" in names and not names & {"000003.png", "x.png"}
-    for path in tmp_path.rglob("*.png"):
-        assert np.asarray(Image.open(path)).shape == (8, 8, 3)
-
-
 # --------------------------------------------------------------------------------------------------
 # Bad input
 
@@ -1788,98 +1674,61 @@ def bad(tmp_path_factory, finished):
     (root / "empty" / "a").mkdir(parents=True)
     (root / "file").write_text("")
     put(root / "loose", "a/good.png", "loose.png")
-    zeros = np.zeros((2, 8, 8, 3), np.uint8)
-    for name, arrays in {
-        "float": dict(arr_0=zeros * 1.0), "small": dict(arr_0=zeros[:, :4]), "foreign": dict(mu=0),
-        "negative": dict(arr_1=np.array([0, -1])), "gap": dict(arr_1=np.array([0, 2])),
-    }.items():
-        npz(root / f"{name}.npz", **arrays)
-    data = bytearray(npz(root / "flipped.npz", np.savez_compressed).read_bytes())
-    data[60] ^= 1
-    (root / "flipped.npz").write_bytes(data)
-
+    npz(root / "float.npz", arr_0=np.zeros((2, 8, 8, 3)))
+    npz(root / "small.npz", arr_0=np.zeros((2, 4, 8, 3), np.uint8))
+    npz(root / "foreign.npz", mu=0)
+    npz(root / "negative.npz", arr_1=np.array([0, -1]))
     state = torch.load(finished / "checkpoint.pt", weights_only=True)
-    config, wide = state["config"], replace(TINY, width=32)
-    weights = sid2.ResidualUViT(wide).state_dict()
-    for name, spoiled in {
-        "foreign": {"model": torch.zeros(3)}, "code": {"config": print},
-        "network": state | {"config": config | {"width": 32}},
-        "older": state | {"config": {key: config[key] for key in config if key != "clip"}},
-        "newer": state | {"config": config | {"momentum": 0.5}},
-        "optimiser": state | {"optimizer": {}},
-        "other": state | {"config": asdict(wide), "net": weights, "ema": weights},
-    }.items():
+    older = {key: value for key, value in state["config"].items() if key != "clip"}
+    for name, change in {"older": dict(config=older), "optimiser": dict(optimizer={}),
+                         "network": dict(config=state["config"] | {"width": 32})}.items():
         shutil.copytree(finished, root / name)
-        torch.save(spoiled, root / name / "checkpoint.pt")
-    for name, path, content in (
-            ("cut", "checkpoint.pt", (finished / "checkpoint.pt").read_bytes()[:20_000]),
-            ("zero", "checkpoint.pt", b""), ("text", "config.json", b"{"),
-            ("settings", "config.json", b'{"image_size": 8, "cache": "no"}')):
+        torch.save(state | change, root / name / "checkpoint.pt")
+    for name, content in ("text", "{"), ("settings", '{"image_size": 8, "cache": "no"}'):
         shutil.copytree(finished, root / name)
-        (root / name / path).write_bytes(content)
+        (root / name / "config.json").write_text(content)
     return root
 
 
 BAD_INPUT = r"""
-train --preset imagenet1024                | imagenet1024.*imagenet512_p2
 train --preset imagenet64                  | needs --data
-train --steps many                         | steps.*many
 train --step 1                             | unrecognized arguments: --step
+train --log-every 0                        | log_every must be at least 1
+train --workers -1                         | workers must not be negative
+train --bias nan                           | bias must be finite
+train --betas 0.9 1                        | betas must lie in \[0, 1\)
+train --width 15                           | width must be even
+train --interval 2 1                       | interval .*lower
+train --blocks RTT                         | blocks needs a letter R or T for each of the 2
+train --channels 8 12                      | channels must be .* multiples of head_width 8
 train --image-size 9                       | image_size must be a multiple of 2.*got 9
 train --micro-batch 3                      | batch must be a multiple of 3
-train --channels 8 12                      | channels must be .* multiples of head_width 8
-train --blocks RTT                         | blocks needs a letter R or T for each of the 2
-train --betas 0.9 1                        | betas
-train --betas 0.9                          | betas
-train --lr nan                             | lr must
-train --interval 2 1                       | interval .*lower
-train --interval 2                         | interval
-train --seed -1                            | seed must
-train --workers -1                         | workers must not be negative
-train --log-every 0                        | log_every must be at least 1
 train --checkpointing 2                    | checkpointing must be levels 0 to 1
-train --device tpu                         | --device.*tpu
+train --sampler euler                      | sampler must be ddpm or ddim
 train --num-classes 4                      | --num-classes 4: shapes has 6 classes
 train --data BAD/nowhere                   | neither shapes, cifar10, a folder nor an .npz
 train --data BAD/empty                     | no images in .*empty
 train --data BAD/loose                     | 1 images beside its 1 class folders
 train --data cifar10                       | images of 32 px
-train --data BAD/float.npz                 | arr_0 is float64
+train --data BAD/float.npz                 | float.npz is no npz to read .*arr_0 is float64
 train --data BAD/small.npz                 | asks for \(N, 8, 8, 3\)
 train --data BAD/foreign.npz               | foreign.npz holds .*mu.*; wanted
 train --data BAD/negative.npz              | labels from 0 up
-train --data BAD/gap.npz                   | no more classes than images
-train --data BAD/flipped.npz               | flipped.npz is no npz to read
-train --init-from BAD/nowhere              | no checkpoint at .*nowhere
-train --init-from RUN --channels 8 32      | trunk does not fit
 train --init-from RUN --middle 0           | does not fit, for example middle.0
 train --out RUN --data DATA --lr 0.5       | other settings .*lr 0.01 -> 0.5
 train --out BAD/loose                      | exists and is no run folder
 train --out BAD/file/run                   | cannot read or write: .*file
 train --out BAD/text --data DATA           | config.json is damaged
 train --out BAD/settings --data DATA       | config.json is of another version
-train --out BAD/older --data DATA          | checkpoint.pt was written by another version
-train --out BAD/cut --data DATA            | checkpoint.pt is truncated or no checkpoint
-train --out BAD/optimiser --data DATA      | checkpoint.pt
-train --out BAD/other --data DATA          | checkpoint.pt
+train --out BAD/optimiser --data DATA      | checkpoint.pt does not hold the network and optimiser
 sample BAD/nowhere                         | no checkpoint at .*nowhere
-sample BAD/cut                             | checkpoint.pt is truncated or no checkpoint
-sample BAD/zero                            | checkpoint.pt is truncated or no checkpoint
-sample BAD/foreign                         | checkpoint.pt is truncated or no checkpoint
-sample BAD/code                            | checkpoint.pt is truncated or no checkpoint
 sample BAD/network                         | checkpoint.pt is truncated or no checkpoint
 sample BAD/older                           | checkpoint.pt was written by another version
-sample BAD/newer                           | checkpoint.pt was written by another version
-sample RUN --classes 3                     | --classes 3: this run has classes 0 to 2: a, b, c
-sample RUN --classes zebra                 | --classes zebra
-sample RUN --steps 0                       | sample_steps must be at least 1
+sample RUN --classes zebra                 | --classes zebra: this run has classes 0 to 2: a, b, c
 sample RUN --gamma 2                       | gamma must lie in
 sample RUN --seeds 4 2                     | --seeds
-sample RUN --count 0                       | --count
 sample RUN --batch 0                       | --batch
-sample RUN --sampler euler                 | euler
 sample RUN --out BAD/loose                 | exists and holds no samples
-sample RUN --out BAD/file/images           | cannot read or write: .*file
 """
 
 
@@ -1894,8 +1743,9 @@ def test_bad_input_ends_with_one_clear_line_and_changes_nothing(
     if name == "train" and "--out" not in flags:
         flags += ["--out", tmp_path / "run"]
     before = contents(bad, finished, folder)
-    result = run({"train": train, "sample": sample}[name], *flags)
-    assert re.search(message.strip(), error_line(*result)), result[2]
+    code, out, err = run({"train": train, "sample": sample}[name], *flags)
+    line = error_line(code, out, err)
+    assert re.search(message.strip(), line) and out == "" and err == line + "\n", err
     assert contents(bad, finished, folder) == before and not list(tmp_path.iterdir())
 
 
@@ -1912,27 +1762,24 @@ def test_a_file_from_elsewhere_cannot_run_code(tmp_path):
     torch.save(dict(config=Evil()), tmp_path / "new.pt")
     torch.save(dict(config=Evil()), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil()))
-    evil = np.array([Evil()], object)
-    npz(tmp_path / "evil.npz", arr_0=evil, arr_1=evil)
     for name in ("new.pt", "old.pt", "bare.pt"):
         assert "no checkpoint of train.py" in error_line(*run(sample, tmp_path / name))
-    flags = ["--data", tmp_path / "evil.npz", "--out", tmp_path / "run", *flags_of(TINY)]
-    assert "evil.npz" in error_line(*run(train, *flags)) and not marker.exists()
+    evil = np.array([Evil()], object)
+    npz(tmp_path / "evil.npz", arr_0=evil, arr_1=evil)
+    with pytest.raises(train.InputError, match="evil.npz"):
+        train.open_data(str(tmp_path / "evil.npz"), 8, seed=0)
+    assert not marker.exists()
     pickle.loads((tmp_path / "bare.pt").read_bytes())
     assert marker.exists()  # the weapon was loaded
 
 
 def damaged(data, rng):
     """A file cut somewhere, with some bytes changed, or with a part left out or repeated."""
-    data, kind = bytearray(data), rng.randrange(4)
-    a, b = sorted(rng.randrange(len(data)) for _ in range(2))
-    if kind == 0:
-        return bytes(data[:a])
-    if kind == 1:
-        for _ in range(rng.randrange(1, 9)):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-        return bytes(data)
-    return bytes(data[:a] + data[b:] if kind == 2 else data[:b] + data[a:])
+    a, b = rng.randrange(len(data)), rng.randrange(len(data))
+    changed = bytearray(data)
+    for place in rng.choices(range(len(data)), k=rng.randrange(1, 9)):
+        changed[place] = rng.randrange(256)
+    return rng.choice([data[:a], bytes(changed), data[:a] + data[b:]])
 
 
 @pytest.mark.filterwarnings("ignore")  # of Pillow, about images that are damaged or too large
@@ -1940,10 +1787,9 @@ def damaged(data, rng):
 def test_damaged_files_never_crash_a_reader(tmp_path, finished, folder, kind):
     """They end with one clear line that names the file, or give what has the right form."""
     rng, cases, read = random.Random(1), 3000 if LONG else 60, 0
-    images = np.arange(3 * 192, dtype=np.uint8).reshape(3, 8, 8, 3)
-    sources = {"checkpoint": [finished / "checkpoint.pt"], "image": train.find_images(folder)}
-    sources["npz"] = [npz(tmp_path / f"{save.__name__}.npz", save, arr_0=images, arr_1=np.arange(3))
-                      for save in (np.savez, np.savez_compressed)]
+    sources = {"checkpoint": [finished / "checkpoint.pt"], "image": train.find_images(folder),
+               "npz": [npz(tmp_path / f"{save.__name__}.npz", save, arr_1=np.arange(2))
+                       for save in (np.savez, np.savez_compressed)]}
     (tmp_path / "data").mkdir()
     for case in range(cases):
         source = rng.choice(sources[kind])
@@ -1963,18 +1809,11 @@ def test_damaged_files_never_crash_a_reader(tmp_path, finished, folder, kind):
     assert 0 < read < cases
 
 
-def test_the_scripts_start_from_a_shell(tmp_path):
-    """Exit codes and streams of real processes. Where a bar is open, the line of error begins a
-    line of its own."""
-    put(tmp_path / "data", *(f"{i}.png" for i in range(9)))
-    (tmp_path / "data" / "x.png").write_bytes(b"broken")
-    started = [*launch(ROOT / "sample.py", "nowhere"),
-               *launch(ROOT / "train.py", "--data", tmp_path / "data", "--out", tmp_path / "run",
-                       *flags_of(replace(TINY, batch=1, steps=30)))]
-    assert run(train, "--help")[0] == 0
-    (code, out, err), broken = results(started)
-    assert out == "" and err == error_line(code, out, err) + "\n" and "nowhere" in err
-    assert "x.png is no readable image" in error_line(*broken) and "step/s" in broken[2]
+def test_the_scripts_end_in_a_shell_as_they_do_here(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    started = [*launch(ROOT / "train.py", "--device", "cuda"), *launch(ROOT / "sample.py", "no")]
+    for result, message in zip(results(started), ("--device cuda cannot be used", "no checkpoint")):
+        assert message in error_line(*result)
 
 
 # --------------------------------------------------------------------------------------------------
