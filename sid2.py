@@ -85,12 +85,12 @@ class Config:
 
 
 # `shapes` and `moving` are for minutes on two CPU cores, `cifar10` for one GPU. The other rows are
-# the paper's, and were not trained here. imagenet64 has a network of its own [MCM]. All rows from 128 pixels up
-# are one network: compute grows by finer patches, not by more parameters [SiD2]. Sources of these
-# rows: channels and blocks [SiD2*]; noise from 32 to the image size [MCM] for 64 and 128 px,
-# [SiD2*] for 512 px, by analogy [derived] for 256 px; bias [VDM++] for 64 px, [SiD2*] for the rest,
-# and -1 at 256 px stands in [DFoT] too. Kinetics600: the paper claims it [SiD2], its settings are
-# not known. Frames, given frames, size and channels are [UL]'s; bias and noise those of 128 px
+# the paper's, and were not trained here. imagenet64 has a network of its own [MCM]. All rows from
+# 128 pixels up are one network: compute grows by finer patches, not by more parameters [SiD2].
+# Sources of these rows: channels and blocks [SiD2*]; noise from 32 to the image size [MCM] for 64
+# and 128 px, [SiD2*] for 512 px, by analogy [derived] for 256 px; bias [VDM++] for 64 px, [SiD2*]
+# for the rest, and -1 at 256 px stands in [DFoT] too. Kinetics600: the paper claims it [SiD2], but
+# its settings are not known. Size, frames and channels are [UL]'s; bias and noise those of 128 px
 # [derived]; 256 clips per step [ours].
 PRESETS = {
     "shapes": Config(16, 1, (32, 64, 128), "RRT", depth=2, middle=2, width=256, head_width=64,

@@ -1011,24 +1011,6 @@ def test_clips_with_given_frames_follow_the_exact_conditional_distribution():
     assert (wide.diagonal() / covariance.diagonal()).min() > 1.3
 
 
-def test_a_clip_moves_straight_on_and_bounces():
-    """So two frames tell all that follow. A window is neighbours of one clip, early or late."""
-    data = train.Shapes(16, seed=0, frames=12)
-    for i in range(50):
-        radius, centres, *_ = data.scene(i)
-        step = np.diff(centres, axis=0)
-        assert (centres >= radius - 1e-9).all() and (centres <= 1 - radius + 1e-9).all()
-        assert np.hypot(*step[0]) == pytest.approx(np.hypot(*step[0]), abs=1e-9)
-        assert (abs(step) <= abs(step[0]) + 1e-9).all()
-        free = abs(abs(step) - abs(step[0])) < 1e-9
-        assert free[0].all() and free.mean() > 0.6  # no bounce before the second frame
-    whole, labels = data.clips(np.arange(6), 0.0, 12)
-    late, _ = data.clips(np.arange(6), np.array([0, 0, 0.5, 0.5, 0.99, 0.99]), 8)
-    for i, begin in enumerate([0, 0, 2, 2, 4, 4]):
-        assert np.array_equal(late[i], whole[i, begin : begin + 8])
-    assert labels.tolist() == list(range(6))
-
-
 # --------------------------------------------------------------------------------------------------
 # 8. The file, read as a text
 
@@ -1066,7 +1048,7 @@ def test_each_section_needs_only_the_sections_above_it(last):
 
 def test_the_module_stays_short():
     lines = SOURCE.splitlines()
-    assert len(lines) <= 550
+    assert len(lines) <= 590
     assert max(map(len, lines)) <= 100
 
 
@@ -1185,6 +1167,12 @@ def put(root, *names, image=Image.new("RGB", (8, 8), "teal")):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         image.save(root / name)
     return root
+
+
+def look_at(data, numbers):
+    """Images (N, H, W, 3) of a data set, and their labels."""
+    frames, labels = data.clips(np.array(numbers))
+    return frames[:, 0], labels
 
 
 def halve(path):
@@ -1449,7 +1437,7 @@ def test_labels_can_be_left_out_or_missing(tmp_path, folder):
 
 
 def test_images_of_every_kind_become_rgb(folder):
-    images, labels = train.open_data(str(folder), 8, seed=0)[np.arange(9)]
+    images, labels = look_at(train.open_data(str(folder), 8, seed=0), range(9))
     assert np.asarray(images).shape == (9, 8, 8, 3) and np.asarray(images).dtype == np.uint8
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     ramp = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
@@ -1495,11 +1483,12 @@ def test_an_epoch_has_every_image_once_half_of_them_mirrored_and_a_tenth_without
     for name in ("shapes", folder, stored):
         batches = train.Batches(train.open_data(str(name), 8, seed=0), TINY, 5, 0, 8)
         assert_close(pickle.loads(pickle.dumps(batches))[3], batches[3], rtol=0, atol=0)
-    order = np.array([batches.image_of(number) for number in range(400)])
+    order = np.array([batches.clip_of(number) for number in range(400)])
     assert (np.sort(order.reshape(80, 5)) == np.arange(5)).all()
     assert len(np.unique(order.reshape(80, 5), axis=0)) > 40
     items = zip(*(batches[step] for step in range(50)))
-    got, labels, _, seeds = (torch.cat(parts).numpy() for parts in items)
+    got, labels, _, seeds = (torch.cat(parts).flatten(0, 1).numpy() if parts[0].ndim > 1
+                             else torch.cat(parts).numpy() for parts in items)
     mirrored = (got == images[order, :, ::-1]).all((1, 2, 3))
     null = labels == TINY.num_classes
     assert (mirrored ^ (got == images[order]).all((1, 2, 3))).all()
@@ -1511,11 +1500,11 @@ def test_shapes_are_whole_and_depend_on_seed_and_number_alone():
     """At 16 px a drawing is what the eye sees of it at 64 px: as wide as high, but for the moon, so
     that the frame cuts nothing off, and at the same contrast."""
     small, large = (train.Shapes(size, seed=3) for size in (16, 64))
-    images, labels = large[np.arange(120)]
-    assert np.array_equal(large[np.array([17, 5])][0], images[[17, 5]])
-    assert not np.array_equal(images, train.Shapes(64, seed=4)[np.arange(120)][0])
+    images, labels = look_at(large, range(120))
+    assert np.array_equal(look_at(large, [17, 5])[0], images[[17, 5]])
+    assert not np.array_equal(images, look_at(train.Shapes(64, seed=4), range(120))[0])
     seen = images.reshape(120, 16, 4, 16, 4, 3).mean((2, 4))
-    assert abs(seen - small[np.arange(120)][0]).max() <= 1
+    assert abs(seen - look_at(small, range(120))[0]).max() <= 1
     for image, label in zip(images, labels):
         inside = (image > image.min((0, 1))).any(2)  # dark is darker in every channel
         height, width = (np.ptp(np.flatnonzero(inside.any(axis))) + 1 for axis in (1, 0))
@@ -1542,7 +1531,7 @@ def test_cifar10_is_read_from_the_binary_archive(tmp_path, monkeypatch):
             info.size = records.size
             tar.addfile(info, io.BytesIO(records.tobytes()))
     data = train.open_data("cifar10", 32, seed=0)
-    images, labels = data[np.array([10_007, 10_008])]
+    images, labels = look_at(data, [10_007, 10_008])
     assert np.array_equal(images[0], record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
     assert labels.tolist() == [record[0], 0] and not images[1].any()
     assert len(data.labels) == 50_000 and data.classes[3] == "cat"
@@ -1556,9 +1545,9 @@ def test_an_npz_is_mapped_unless_it_is_compressed(tmp_path):
     assert isinstance(mapped.images, train.Mapped) and isinstance(loaded.images, np.ndarray)
     order = np.array([3, 0, 4])
     for data in (mapped, loaded):
-        assert np.array_equal(data[order][0], images[order])
-    assert mapped[order][1].tolist() == [0, 0, 1] and mapped.classes == ["0", "1", "2"]
-    assert loaded[order][1].tolist() == [0, 0, 0] and loaded.classes == []
+        assert np.array_equal(look_at(data, order)[0], images[order])
+    assert look_at(mapped, order)[1].tolist() == [0, 0, 1] and mapped.classes == ["0", "1", "2"]
+    assert look_at(loaded, order)[1].tolist() == [0, 0, 0] and loaded.classes == []
 
 
 def test_eight_bits_survive_the_way_there_and_back():
@@ -1581,17 +1570,17 @@ def test_an_unreadable_image_ends_the_run_or_the_next_one_and_its_label_take_its
     flags = ["--data", top, "--out", tmp_path / "run", *flags_of(TINY)]
     code, printed, err = run(train, *flags)
     line = error_line(code, printed, err)
-    assert re.search(rf"{top}/.* is no readable image .*--skip-bad", line) and "step/s" in err
+    assert re.search(rf"{top}/.* cannot be read .*--skip-bad", line) and "step/s" in err
     code, printed, err = run(train, *flags, "--skip-bad")
     assert code == 0 and "a 4 b 4" in printed and "4 of 4 steps done" in printed, err
     data = train.open_data(str(top), 8, seed=0, skip_bad=True)
-    images, labels = data[np.arange(8)]
+    images, labels = look_at(data, range(8))
     assert labels.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]  # cut good text zero bomb good loop nowhere
     assert [image[0, 0, 0] // 255 for image in images] == labels.tolist()
     assert len(set(re.findall(rf"^warning: {top}/\S+", capsys.readouterr().err, re.M))) == 6
     halve(put(tmp_path / "only", "x.png") / "x.png")
-    with pytest.raises(train.ImageError, match="none of the images in .* can be read"):
-        train.open_data(str(tmp_path / "only"), 8, seed=0, skip_bad=True)[np.array([0])]
+    with pytest.raises(train.ImageError, match="nothing in .* can be read"):
+        look_at(train.open_data(str(tmp_path / "only"), 8, seed=0, skip_bad=True), [0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1613,7 +1602,7 @@ def test_the_image_of_a_seed_depends_on_neither_batch_nor_order_nor_processes(fi
     few = [np.asarray(Image.open(tmp_path / f"few/00000{seed}.png")) for seed in (3, 4)]
     assert abs(images[3:5] - few).max() <= 1
     data = train.open_data(str(tmp_path / "one.npz"), 8, seed=0)
-    assert np.array_equal(data[np.arange(7)][0], images) and data.classes == ["0", "1", "2"]
+    assert np.array_equal(look_at(data, range(7))[0], images) and data.classes == ["0", "1", "2"]
 
 
 def test_a_folder_of_samples_is_completed_and_the_rest_is_left_alone(finished, tmp_path):
@@ -1664,6 +1653,132 @@ def test_a_trajectory_ends_in_the_sample(finished, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
+# Clips: the same scripts
+
+
+def film(clips=6, frames=6):
+    """Random clips: every frame differs, so no writer merges two."""
+    return np.random.default_rng(0).integers(0, 256, (clips, frames, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """An npz of clips in two classes, and a finished run on it that is given two of four frames."""
+    root = tmp_path_factory.mktemp("clips")
+    data = npz(root / "clips.npz", arr_0=film(), arr_1=np.arange(6) % 2)
+    fit(root / "run", "--data", data, config=CLIPS)
+    return data, root / "run"
+
+
+@pytest.mark.parametrize("suffix, options", [
+    (".webp", dict(lossless=True)), (".png", {}), (".tiff", {}), (".gif", None), (".avif", None),
+    ("", {})], ids=str)
+def test_clips_are_folders_of_frames_or_animations(tmp_path, suffix, options):
+    """Sub-folders are the classes. GIF and AVIF change colours; the others lose nothing."""
+    for i, frames in enumerate(film(frames=12)):
+        images = [Image.fromarray(frame) for frame in frames]
+        name = tmp_path / "ab"[i % 2] / f"clip{i}{suffix}"
+        name.parent.mkdir(exist_ok=True)
+        if suffix:
+            images[0].save(name, save_all=True, append_images=images[1:], **(options or {}))
+        else:
+            put(name, *(f"{j}.png" for j in range(12)))
+            for j, image in enumerate(images):  # frame 2 comes before frame 10
+                image.save(name / f"{j}.png")
+    data = train.open_data(str(tmp_path), 8, 0, frames=5)
+    assert data.classes == ["a", "b"] and data.lengths.tolist() == [12] * 6
+    images, labels = data.clips(np.arange(6), np.full(6, 0.99), 5)
+    expected = film(frames=12)[[0, 2, 4, 1, 3, 5], 7:]
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    error = abs(images.astype(int) - expected)
+    assert error.max() == 0 if options is not None else error.mean() < 60
+
+
+def test_a_clip_moves_straight_on_and_bounces_off_the_edges():
+    """No bounce comes before the second frame: two frames tell all that follow."""
+    data = train.Shapes(16, seed=0, frames=12)
+    for i in range(50):
+        radius, centres, *_ = data.scene(i)
+        step = abs(np.diff(centres, axis=0))
+        assert abs(centres - 0.5).max() <= 0.5 - radius + 1e-9
+        assert (step <= step[0] + 1e-9).all() and (step > step[0] - 1e-9).mean() > 0.6
+
+
+def test_a_step_has_windows_of_clips_with_one_time_one_label_and_one_mirror(clips):
+    config = replace(CLIPS, batch=64, num_classes=2, flip=True)
+    data = train.open_data(str(clips[0]), 8, 0, frames=4)
+    images, y, t, seeds = train.Batches(data, config, 0, 0, 64)[0]
+    whole, found = film(), Counter()
+    for i in range(64):
+        found[next((clip, begin, flip) for clip, begin, flip in itertools.product(
+            range(6), range(3), (1, -1)) if np.array_equal(
+                images[i], whole[clip, begin : begin + 4, :, ::flip]))] += 1
+        assert len(set(t[i].tolist())) == 1 and set(y[i].tolist()) in ({0}, {1}, {2})
+    assert len(found) > 20 and {begin for _, begin, _ in found} == {0, 1, 2}
+    assert len(set(seeds.tolist())) == 64
+    x = torch.zeros(8, 3, 8, 8)
+    eps = train.noise([7, 8], x, torch.Generator())
+    again = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(8))
+    assert torch.equal(eps[4:], again) and not torch.equal(eps[0], eps[1])
+
+
+def test_the_loss_of_clips_is_a_mean_over_frames_that_are_not_given(tmp_path, clips, monkeypatch):
+    real = sid2.training_loss
+
+    def ones(*args):
+        loss = real(*args)
+        given = FIRST.repeat(len(loss) // 4)
+        assert loss[given].max() < 1e-8
+        return 0 * loss + ~given
+
+    monkeypatch.setattr(sid2, "training_loss", ones)
+    fit(tmp_path / "run", "--data", clips[0], "--micro-batch", 2, "--log-every", 1, config=CLIPS)
+    assert [row[1] for row in log_of(tmp_path / "run").values()] == ["1"] * 4
+
+
+def test_a_run_of_clips_goes_on_bit_for_bit_and_processes_change_nothing(tmp_path, clips):
+    """Two processes with micro-batches and checkpointing are one; so is a run in two parts."""
+    data, whole = clips
+    flags = ["--data", data, "--device", "cpu"]
+    two = launch(ROOT / "train.py", "--out", tmp_path / "two", *flags, *flags_of(CLIPS),
+                 "--micro-batch", 2, "--checkpointing", processes=2)
+    fit(tmp_path / "parts", "--data", data, config=CLIPS, steps=2)
+    parts, _ = fit(tmp_path / "parts", "--data", data, config=CLIPS)
+    for code, _, err in results(two):
+        assert code == 0, err
+    one, two = (torch.load(out / "checkpoint.pt", weights_only=True)
+                for out in (whole, tmp_path / "two"))
+    assert_same(one, parts)
+    assert_close(one["net"], two["net"], rtol=2e-3, atol=2e-3)
+
+
+def test_samples_of_clips_begin_with_the_given_frames(tmp_path, clips):
+    """In strips, an npz and an animation; the class is that of the clip, and other clips can be
+    given. A strip depends on its seed alone."""
+    data, run_folder = clips
+    flags = ["--count", 8, "--guidance", 3, "--interval", -99, 99]
+    make_samples(run_folder, *flags, "--format", "npz", "--out", tmp_path / "a")
+    with np.load(tmp_path / "a.npz") as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert images.shape == (8, 4, 8, 8, 3)
+    assert np.array_equal(images[:, :2], film()[np.arange(8) % 6, :2])
+    assert labels.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+    strip = np.asarray(Image.open(tmp_path / "a" / "000005.png"))
+    assert np.array_equal(strip, np.concatenate(images[5], axis=1))
+
+    other = npz(tmp_path / "other.npz", arr_0=film()[::-1], arr_1=np.arange(6) % 2)
+    make_samples(run_folder, *flags, "--data", other, "--format", "animation", "--out",
+                 tmp_path / "b", "--batch", 3)
+    assert Image.open(tmp_path / "b.webp").n_frames == 4
+    strip = np.asarray(Image.open(tmp_path / "b" / "000000.png"))
+    assert np.array_equal(strip[:, :8], film()[5, 0])
+    make_samples(run_folder, "--out", tmp_path / "c", "--seeds", 5, 5, *flags[2:])
+    assert (tmp_path / "c" / "000005.png").read_bytes() == (
+        tmp_path / "a" / "000005.png").read_bytes()
+    assert Image.open(tmp_path / "c.png").height == 66 + 18  # one clip under a heading
+
+
+# --------------------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -1677,6 +1792,9 @@ def bad(tmp_path_factory, finished):
     npz(root / "float.npz", arr_0=np.zeros((2, 8, 8, 3)))
     npz(root / "small.npz", arr_0=np.zeros((2, 4, 8, 3), np.uint8))
     npz(root / "foreign.npz", mu=0)
+    npz(root / "clips.npz", arr_0=np.zeros((2, 4, 8, 8, 3), np.uint8))
+    (root / "films").mkdir()
+    (root / "films" / "a.mp4").write_text("")
     npz(root / "negative.npz", arr_1=np.array([0, -1]))
     state = torch.load(finished / "checkpoint.pt", weights_only=True)
     older = {key: value for key, value in state["config"].items() if key != "clip"}
@@ -1706,14 +1824,22 @@ train --micro-batch 3                      | batch must be a multiple of 3
 train --checkpointing 2                    | checkpointing must be levels 0 to 1
 train --sampler euler                      | sampler must be ddpm or ddim
 train --num-classes 4                      | --num-classes 4: shapes has 6 classes
-train --data BAD/nowhere                   | neither shapes, cifar10, a folder nor an .npz
+train --data BAD/nowhere                   | neither shapes, cifar10 .*, a folder nor an .npz
 train --data BAD/empty                     | no images in .*empty
-train --data BAD/loose                     | 1 images beside its 1 class folders
+train --data BAD/loose                     | 1 images or clips beside its 1 class folders
 train --data cifar10                       | images of 32 px
 train --data BAD/float.npz                 | float.npz is no npz to read .*arr_0 is float64
-train --data BAD/small.npz                 | asks for \(N, 8, 8, 3\)
+train --data BAD/small.npz                 | asks for 8 x 8 pixels
 train --data BAD/foreign.npz               | foreign.npz holds .*mu.*; wanted
 train --data BAD/negative.npz              | labels from 0 up
+train --data BAD/films                     | no images .*; videos must .* `ffmpeg -i
+train --data BAD/films/a.mp4               | neither .*; videos must .* `ffmpeg -i
+train --data BAD/clips.npz                 | arr_0 is .*; wanted: uint8 \(N, H, W, 3\)
+train --frames 4 --data BAD/small.npz      | arr_0 is .*; wanted: uint8 \(N, L, H, W, 3\)
+train --frames 9 --data BAD/clips.npz      | asks for 8 x 8 pixels, clips of 9 frames
+train --frames 4 --data DATA               | deep has 2 frames: a clip is .* here of 4 at least
+train --frames 4 --data cifar10            | cifar10 \(images only\)
+train --frames 4 --given 4                 | given must be at least 0 and below frames, 4
 train --init-from RUN --middle 0           | does not fit, for example middle.0
 train --out RUN --data DATA --lr 0.5       | other settings .*lr 0.01 -> 0.5
 train --out BAD/loose                      | exists and is no run folder
@@ -1728,6 +1854,7 @@ sample RUN --classes zebra                 | --classes zebra: this run has class
 sample RUN --gamma 2                       | gamma must lie in
 sample RUN --seeds 4 2                     | --seeds
 sample RUN --batch 0                       | --batch
+sample RUN --data shapes                   | --data: this run was trained without given frames
 sample RUN --out BAD/loose                 | exists and holds no samples
 """
 
@@ -1787,7 +1914,7 @@ def damaged(data, rng):
 def test_damaged_files_never_crash_a_reader(tmp_path, finished, folder, kind):
     """They end with one clear line that names the file, or give what has the right form."""
     rng, cases, read = random.Random(1), 3000 if LONG else 60, 0
-    sources = {"checkpoint": [finished / "checkpoint.pt"], "image": train.find_images(folder),
+    sources = {"checkpoint": [finished / "checkpoint.pt"], "image": train.find_files(folder),
                "npz": [npz(tmp_path / f"{save.__name__}.npz", save, arr_1=np.arange(2))
                        for save in (np.savez, np.savez_compressed)]}
     (tmp_path / "data").mkdir()
@@ -1800,7 +1927,7 @@ def test_damaged_files_never_crash_a_reader(tmp_path, finished, folder, kind):
                 assert isinstance(train.load_checkpoint(path)["config"], sid2.Config)
             else:
                 data = train.open_data(str(path if kind == "npz" else path.parent), 8, seed=0)
-                found, labels = data[np.arange(len(data.labels))]
+                found, labels = look_at(data, range(len(data.labels)))
                 assert np.asarray(found).shape == (len(labels), 8, 8, 3)
             read += 1
         except train.InputError as error:
@@ -1858,7 +1985,7 @@ def judge(data, flip, classes):
     body, head = body.to(memory_format=torch.channels_last), torch.nn.Linear(128, classes)
     number = 22_000 if data.name == "shapes" else min(len(data.labels), 50_000)
     chosen = np.random.default_rng(0).permutation(len(data.labels))[:number]
-    images, labels = (torch.from_numpy(np.asarray(part)) for part in data[chosen])
+    images, labels = (torch.from_numpy(np.asarray(part)) for part in look_at(data, chosen))
     known, batch, epochs = number - number // 10, 100, 8
     optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()])
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3,
@@ -2043,7 +2170,7 @@ def test_weights_are_loaded_if_their_hash_is_right(tmp_path, monkeypatch):
 @pytest.mark.skipif(not WEIGHTS, reason=f"no weights: SID2_INCEPTION names {Path(fid.URL).name}")
 def test_published_weights_load_and_tell_drawings_from_noise():
     net = fid.load_inception(WEIGHTS)
-    drawings, _ = train.Shapes(64, 0)[np.arange(32)]
+    drawings, _ = look_at(train.Shapes(64, 0), range(32))
     noise = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), np.uint8)
     sets = [fid.measure(fid.Source("", 16, images.__getitem__), net, CPU)
             for images in (drawings[:16], drawings[16:], noise)]
