@@ -819,7 +819,7 @@ class Shapes(Data):
         dark, light = rng.uniform(0, 0.35, 3), rng.uniform(0.35, 1, 3)
         light[rng.integers(3)] = 1  # one full channel for contrast
 
-        angle, speed = rng.uniform(0, 2 * math.pi), rng.uniform(0.03, 0.12)
+        angle, speed = rng.uniform(0, 2 * math.pi), 0.1 * rng.uniform() ** 2
         velocity = speed * np.array([math.cos(angle), math.sin(angle)])
         room = 1 - 2 * radius
         inside = abs(centre + velocity - 0.5) <= room / 2
@@ -938,7 +938,7 @@ def cropped_rgb(image: Image.Image, size: int) -> Image.Image:
 
 SUFFIXES = ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
 VIDEO_SUFFIXES = ".avi .mkv .mov .mp4 .webm".split()
-VIDEO_HINT = "; videos must become folders of frames first: `ffmpeg -i CLIP.mp4 CLIP/%05d.png`"
+VIDEO_HINT = "; videos become folders of frames by `mkdir CLIP && ffmpeg -i CLIP.mp4 CLIP/%05d.png`"
 
 
 def find_files(top: Path, suffixes: list[str] = SUFFIXES) -> list[Path]:
