@@ -650,13 +650,17 @@ def test_bfloat16_autocast_keeps_activations_small_and_the_answer_close():
     assert (close - exact).norm() / exact.norm() < 0.03
 
 
-def test_training_compiles_to_one_graph_and_guided_sampling_to_two():
+@pytest.mark.parametrize("frames", [1, 2])
+def test_training_compiles_to_one_graph_and_guided_sampling_to_two(frames):
     """Whatever noise and labels: two shapes in the sampler, with the null class and without. The
-    weights keep their names, and the network its answers."""
-    graphs, y = [], torch.tensor([0, 1])
-    config = replace(THREE_LEVELS, sample_steps=4, interval=(-4.0, 4.0))
+    weights keep their names, and the network its answers. So do clips, of one given frame in two."""
+    graphs, y, seeds = [], torch.tensor([0, 1]), [1, 2][: 2 // frames]
+    config = replace(THREE_LEVELS, sample_steps=4, interval=(-4.0, 4.0), frames=frames)
     net = shaken(config, scale=0.1)
-    names, eager = list(net.state_dict()), sid2.sample(net, config, [1, 2], y)
+    predict = net
+    if frames == 2:
+        predict = sid2.given_frames(net, normal(2, 3, 8, 8), torch.tensor([True, False]))
+    names, eager = list(net.state_dict()), sid2.sample(predict, config, seeds, y)
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -667,11 +671,11 @@ def test_training_compiles_to_one_graph_and_guided_sampling_to_two():
     net.train()
     for n in range(3):
         x, eps, t = normal(2, 3, 8, 8, seed=n), normal(2, 3, 8, 8, seed=n + 1), torch.rand(2)
-        sid2.training_loss(net, config, x, y.roll(n), t, eps).mean().backward()
+        sid2.training_loss(predict, config, x, y.roll(n), t, eps).mean().backward()
     assert len(graphs) == 1
     net.eval()
     for guidance in (3.0, 2.0):
-        x = sid2.sample(net, replace(config, guidance=guidance), [1, 2], y)
+        x = sid2.sample(predict, replace(config, guidance=guidance), seeds, y)
     assert len(graphs) == 3
     assert_close(x, eager, rtol=1e-3, atol=1e-3)
     assert list(net.state_dict()) == names
