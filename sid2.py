@@ -102,7 +102,7 @@ PRESETS = {
                       ema=0.9995, sample_steps=256),  # [ours]
     "moving": Config(16, 1, (32, 96), "RT", depth=2, middle=4, width=256, head_width=96,
                      dropout=0.0, num_classes=0, frames=8, given=2, noise_high=32, bias=-1.0,
-                     steps=2000, batch=4, lr=2e-3, warmup=100, flip=False,
+                     steps=4200, batch=4, lr=2e-3, warmup=100, flip=False,
                      sample_steps=32),  # [ours]
     #                      pixels patch channels           blocks  bias
     "imagenet64":     Config( 64, 1, (256, 512, 1024),      "RTT",  bias=2.0),

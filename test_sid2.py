@@ -2129,7 +2129,7 @@ def test_moving_shapes_go_on_as_they_must():
         print(f"{title:24} centre off by", *(f"{value:5.2f}" for value in off.mean(0)),
               f"px   class {right.mean():6.1%}   colours off by {shade.mean():5.1f}")
     assert errors["true future"] < 0.2
-    assert errors["samples"] < 0.5 * errors["last given frame stays"] < errors["untrained"]
+    assert errors["samples"] < 0.8 * errors["last given frame stays"] < errors["untrained"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -819,7 +819,8 @@ class Shapes(Data):
         dark, light = rng.uniform(0, 0.35, 3), rng.uniform(0.35, 1, 3)
         light[rng.integers(3)] = 1  # one full channel for contrast
 
-        angle, speed = rng.uniform(0, 2 * math.pi), 0.1 * rng.uniform() ** 2
+        angle = rng.uniform(0, 2 * math.pi)
+        speed = 0.1 * rng.uniform() ** 2  # widths per frame; slow ones are easier to learn from
         velocity = speed * np.array([math.cos(angle), math.sin(angle)])
         room = 1 - 2 * radius
         inside = abs(centre + velocity - 0.5) <= room / 2
