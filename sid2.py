@@ -215,12 +215,11 @@ def training_loss(net, config: Config, x: Tensor, y: Tensor, t: Tensor, eps: Ten
 def given_frames(net, x: Tensor, first: Tensor):
     """net, for clips of which some frames are given: those where first (B,) is true.
 
-    There net sees x (B, 3, H, W) itself, at logsnr 20, the clean end of what `Condition` maps; and
-    the answer is not net's but the exact v of that frame, so that its loss is 0 and its sample is
-    x. Training and sampling both wrap net in this. So in training too the network sees clean given
-    frames beside noisy ones [DFoT]. Trap: giving them the noise of the others, and putting them
-    back after each sampling step ("replacement"), samples another distribution: FVD 95.5, not 4.8
-    [DFoT].
+    There net sees x (B, 3, H, W) itself, at logsnr 20, the clean end of what `Condition` maps. The
+    answer there is the exact v of that frame, so its loss is 0 and its sample is x. Training and
+    sampling both wrap net in this [DFoT]. Trap: to give these frames the noise of the others, and
+    put them back after each step ("replacement"), samples another distribution: FVD 95.5 instead
+    of 4.8 [DFoT].
     """
 
     def net_given(z: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
@@ -414,10 +413,9 @@ class ResidualUViT(nn.Module):
 
     def add_position(self, h: Tensor, level: int) -> Tensor:
         """Adds the learned positions at the level where transformers begin. This happens before
-        `low` is taken, so that h - low stays 0 in a fresh network [ours]. In clips the frame has a
-        position of its own, beside that of row and column, and both start large [ours]: of shapes
-        at rest attention then found the same place in other frames within 650 steps of 4 clips.
-        With 0.01, or with one position for each frame and place, it did not."""
+        `low` is taken, so that h - low stays 0 in a fresh network [ours]. A clip's frames have
+        positions of their own, and all start large [ours]: else, in 650 steps, attention did not
+        find the same place in other frames, not even for shapes at rest."""
         if level == self.first_transformer_level:
             h = h + self.position.to(h.dtype)
             if self.frames > 1:
