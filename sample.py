@@ -1,4 +1,4 @@
-"""Samples from a run of train.py: a folder of PNGs by seed, and beside it a grid, an npz, a film.
+"""Samples from a run of train.py: PNGs by seed, and beside them a grid, an npz or an animation.
 
     python sample.py runs/shapes                               a grid, one row per class
     python sample.py runs/shapes --trajectory                  how three images come about

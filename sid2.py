@@ -414,8 +414,8 @@ class ResidualUViT(nn.Module):
     def add_position(self, h: Tensor, level: int) -> Tensor:
         """Adds the learned positions at the level where transformers begin. This happens before
         `low` is taken, so that h - low stays 0 in a fresh network [ours]. A clip's frames have
-        positions of their own, and all start large [ours]: else, in 650 steps, attention did not
-        find the same place in other frames, not even for shapes at rest."""
+        positions of their own, and all start large [ours]. With only one of the two, attention did
+        not find the same place in other frames in 578 to 645 steps (`moving` at rest, seed 0)."""
         if level == self.first_transformer_level:
             h = h + self.position.to(h.dtype)
             if self.frames > 1:

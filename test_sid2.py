@@ -653,7 +653,7 @@ def test_bfloat16_autocast_keeps_activations_small_and_the_answer_close():
 @pytest.mark.parametrize("frames", [1, 2])
 def test_training_compiles_to_one_graph_and_guided_sampling_to_two(frames):
     """Whatever noise and labels: two shapes in the sampler, with the null class and without. The
-    weights keep their names, and the network its answers. So do clips, of one given frame in two."""
+    weights keep their names, and the network its answers. Clips: of two frames one is given."""
     graphs, y, seeds = [], torch.tensor([0, 1]), [1, 2][: 2 // frames]
     config = replace(THREE_LEVELS, sample_steps=4, interval=(-4.0, 4.0), frames=frames)
     net = shaken(config, scale=0.1)
