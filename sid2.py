@@ -203,24 +203,15 @@ def sigmoid_loss(v_hat: Tensor, v: Tensor, logsnr: Tensor, slope: Tensor, bias: 
     return weight * (v_hat.float() - v.float()).square().mean((1, 2, 3))
 
 
-def training_loss(net, config: Config, x: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """The loss of each image, (B,), at times t (B,) with noise eps (B, 3, H, W); backpropagate its
-    mean. net(z, logsnr, y) -> v_hat may be any callable. In y the share config.label_dropout is
-    the null class, config.num_classes, already."""
-    logsnr, slope = schedule(t, config.image_size, config.noise_low, config.noise_high)
-    z, v = diffuse(x, eps, logsnr), v_from_x_eps(x, eps, logsnr)
-    return sigmoid_loss(net(z, logsnr, y), v, logsnr, slope, config.bias)
+def given_frames(net, x: Tensor, frames: int, given: int):
+    """net, for clips x (B, 3, H, W) of `frames` frames, of which the first `given` are given.
 
-
-def given_frames(net, x: Tensor, first: Tensor):
-    """net, for clips of which some frames are given: those where first (B,) is true.
-
-    There net sees x (B, 3, H, W) itself, at logsnr 20, the clean end of what `Condition` maps. The
-    answer there is the exact v of that frame, so its loss is 0 and its sample is x. Training and
-    sampling both wrap net in this [DFoT]. Trap: to give these frames the noise of the others, and
-    put them back after each step ("replacement"), samples another distribution: FVD 95.5 instead
-    of 4.8 [DFoT].
+    There net sees x itself, at logsnr 20, the clean end of what `Condition` maps. The answer there
+    is the exact v of that frame, so its loss is 0 and its sample is x. Training and sampling both
+    wrap net in this [DFoT]. Trap: to give these frames the noise of the others, and put them back
+    after each step ("replacement"), samples another distribution: FVD 95.5 instead of 4.8 [DFoT].
     """
+    first = torch.arange(len(x), device=x.device) % frames < given
 
     def net_given(z: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
         passes = len(z) // len(x)  # 2 where guided
@@ -231,6 +222,17 @@ def given_frames(net, x: Tensor, first: Tensor):
         return torch.where(here, (alpha * z - clean) / sigma, v_hat)
 
     return net_given
+
+
+def training_loss(net, config: Config, x: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """The loss of each image, (B,), at times t (B,) with noise eps (B, 3, H, W); backpropagate its
+    mean. net(z, logsnr, y) -> v_hat may be any callable. In y the share config.label_dropout is
+    the null class, config.num_classes, already. The loss of given frames is 0."""
+    if config.given:
+        net = given_frames(net, x, config.frames, config.given)
+    logsnr, slope = schedule(t, config.image_size, config.noise_low, config.noise_high)
+    z, v = diffuse(x, eps, logsnr), v_from_x_eps(x, eps, logsnr)
+    return sigmoid_loss(net(z, logsnr, y), v, logsnr, slope, config.bias)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -520,10 +522,12 @@ def sampling_grid(config: Config) -> Tensor:
     return schedule(t, config.image_size, config.noise_low, config.noise_high)[0]
 
 
-def sample(net, config: Config, seeds: list[int], y: Tensor) -> Tensor:
+def sample(net, config: Config, seeds: list[int], y: Tensor, x: Tensor | None = None) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] of labels y (B,) and B / config.frames seeds, on the device of
     y, sampled as config says. net(z, logsnr, y) -> v_hat is called once per step, with 2 B where
-    guided; for clips with given frames it is a net from given_frames."""
+    guided. x (B, 3, H, W): the clips whose first frames are given, if config.given."""
+    if config.given:
+        net = given_frames(net, x, config.frames, config.given)
     logsnr = sampling_grid(config)
     guidance = config.guidance if config.num_classes else 1.0
     for _, x_hat in sample_steps(net, seeds, y, config.num_classes, logsnr, config.image_size,

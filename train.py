@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -69,7 +70,6 @@ def main():
     batches = Batches(data, config, args.seed, rank * local, local)
     loader = open_loader(batches, start, args.workers, device)
     generator, history = torch.Generator(device), []
-    first = torch.arange(micro * config.frames, device=device) % config.frames < config.given
     model.train()
 
     with run.bar(loader, start) as bar:
@@ -80,12 +80,11 @@ def main():
             for k in range(0, local, micro):
                 *tensors, seeds = (whole[k : k + micro] for whole in batch)
                 x, y, t = (w.to(device, non_blocking=w.is_pinned()).flatten(0, 1) for w in tensors)
-                x = x.permute(0, 3, 1, 2).contiguous() / 127.5 - 1  # uint8 -> [-1, 1]
+                x = from_uint8(x)
                 eps = noise(seeds.tolist(), x, generator)
-                predict = sid2.given_frames(model, x, first) if config.given else model
                 model.require_backward_grad_sync = k + micro == local  # DDP: with the last part
                 with autocast:
-                    share = sid2.training_loss(predict, config, x, y, t, eps).sum() / counted
+                    share = sid2.training_loss(model, config, x, y, t, eps).sum() / counted
                 share.backward()
                 loss += share.detach()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
@@ -173,11 +172,17 @@ class Batches(Dataset):
 
 def open_loader(batches: Batches, start: int, workers: int | None, device) -> DataLoader:
     """The items of `batches` from step `start` on; on CUDA in memory that is copied from fast."""
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    default = min(8, cores) if device.type == "cuda" else 1
+    world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+    if workers is None:
+        workers = min(8, os.cpu_count() // world) if device.type == "cuda" else 1
+    config, shared = batches.config, Path("/dev/shm")  # by which loader processes hand over items
+    item = len(batches.place) * config.frames * 3 * config.image_size**2
+    needed = world * workers * 2 * item  # each has two under way
+    if shared.is_dir() and shutil.disk_usage(shared).free < needed:  # they would wait for ever
+        raise InputError(f"{shared} has less than the {needed / 1e6:.0f} MB free that --workers "
+                         f"{workers} needs: allow more (docker: --shm-size), or give --workers 0")
     return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)),
-                      num_workers=default if workers is None else workers,
-                      worker_init_fn=deaf, pin_memory=device.type == "cuda")
+                      num_workers=workers, worker_init_fn=deaf, pin_memory=device.type == "cuda")
 
 
 def deaf(_):
@@ -534,8 +539,11 @@ class Run:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", self.settings)
             self.open_log()
-            self.describe()
-            print(said)
+            unit = "image" if self.config.frames == 1 else "clip"
+            print(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per {unit}; "
+                  f"{self.world} x {self.device}, {self.precision}, torch {torch.__version__}\n"
+                  f"data: {self.data.name}, {len(self.data.labels)} {unit}s, "
+                  f"{len(self.data.classes)} classes\n{said}")
         return self.done
 
     def open_log(self):
@@ -547,17 +555,6 @@ class Run:
         with replacing(path) as temporary:
             temporary.write_text("\n".join([",".join(self.columns), *kept, ""]))
         self.log_file = open(path, "a", buffering=1)
-
-    def describe(self):
-        """Configuration, size and data set, before anything is trained."""
-        print(", ".join(f"{key} {value}" for key, value in asdict(self.config).items()))
-        names, counts = self.data.classes, np.bincount(self.data.labels).tolist()
-        named = [f"{name} {count}" for name, count in zip(names, counts)]
-        kind = "images" if self.config.frames == 1 else "clips"
-        print(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per {kind[:-1]}; "
-              f"{self.world} x {self.device}, {self.precision}, torch {torch.__version__}")
-        print(f"data: {self.data.name}; {len(self.data.labels)} {kind}; {len(names)} classes",
-              *named[:20], *["..."] * (len(names) > 20))
 
     def bar(self, loader: DataLoader, start: int) -> tqdm:
         """The loader under a progress bar. How long its items were waited for is added up."""
@@ -658,8 +655,13 @@ class Run:
 # 4. The run: its pictures
 
 
+def from_uint8(images: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) -> (B, 3, H, W) in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
+
+
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3); v / 127.5 - 1 becomes v again for all 256 values."""
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3): the inverse of from_uint8 for all 256 values."""
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -681,19 +683,14 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
         for first in range(0, len(seeds), size):
             part, y = seeds[first : first + size], labels[first : first + size]
             missing = size - len(part)
+            filled = part + part[:1] * missing
             y = torch.tensor(y + y[:1] * missing, device=device).repeat_interleave(config.frames)
-            filled, predict = part + part[:1] * missing, watched
+            x = None
             if config.given:
-                predict = sid2.given_frames(watched, *given_of(data, filled, config, device))
-            images = to_uint8(sid2.sample(predict, config, filled, y))
+                clips, _ = data.clips(np.array(filled) % len(data.labels), 0.0, config.frames)
+                x = from_uint8(torch.from_numpy(clips).to(device).flatten(0, 1))
+            images = to_uint8(sid2.sample(watched, config, filled, y, x))
             yield part, images.reshape(size, config.frames, *images.shape[1:])[: len(part)]
-
-
-def given_of(data, seeds: list[int], config: sid2.Config, device):
-    """x (B, 3, H, W) of the clips that the seeds stand for, and where its frames are given (B,)."""
-    clips, _ = data.clips(np.array(seeds) % len(data.labels), 0.0, config.frames)
-    x = torch.from_numpy(clips).to(device).flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1
-    return x, torch.arange(len(x), device=device) % config.frames < config.given
 
 
 def choose_labels(seeds: list[int], classes: list, num_classes: int, data=None) -> list[int]:
