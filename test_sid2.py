@@ -584,14 +584,14 @@ def kept_by_autograd(net, config, batch):
 
 
 def kept_of_an_image(config):
-    """Bytes, with checkpointing of no level, level 0, all levels. Nothing is computed. Of a batch
-    of 17 only activations have sizes that 17 divides; the rest are weights."""
+    """Bytes, with checkpointing of no level, level 0, all levels; clips: of a clip. Nothing is
+    computed. Of a batch of 17 only activations have sizes that 17 divides; the rest are weights."""
     row = []
     with FakeTensorMode():
         net = sid2.ResidualUViT(config)
         for levels in ([], [0], range(len(config.channels))):
             net.checkpointing = levels
-            sizes = kept_by_autograd(net, config, 17)
+            sizes = kept_by_autograd(net, config, 17 * config.frames)
             row.append(sum(size for size in sizes if size % 17 == 0) / 17)
     return row
 
@@ -607,7 +607,8 @@ def test_the_memory_of_an_image_is_known_before_anything_runs():
     assert real == kept_of_an_image(config)
 
     print("\nMB kept of an image, bf16       checkpointing: no level     level 0  all levels")
-    for name in ("shapes", "cifar10", "imagenet64", "imagenet256_p2"):
+    for name in ("shapes", "moving", "cifar10", "imagenet64", "imagenet256_p2", "imagenet256_p1",
+                 "kinetics600_p2"):
         row = kept_of_an_image(sid2.PRESETS[name])
         print(f"{name:43}" + "".join(f"{size / 1e6:12.2f}" for size in row))
         assert row[2] < row[1] < row[0]
