@@ -38,7 +38,7 @@ def main():
     precision = choose_precision(device, args.precision)
     settings = dict(step=state["step"], seconds=state["seconds"], weights=args.weights,
                     classes=classes, precision=precision, config=asdict(config),
-                    data=data.name if data else None)
+                    data=data.name if data else None)  # seconds: another training to this step
     folder = open_samples(args, settings, rank)
 
     net = sid2.ResidualUViT(config).to(device).eval()
@@ -46,17 +46,18 @@ def main():
     if args.compile:
         net.compile(dynamic=False, fullgraph=True)  # two graphs: with and without guidance
     if rank == 0:
+        guided = sum(sid2.sampling_grid(config)[1])
         print(f"{args.run}, step {state['step']}, {args.weights} weights, {len(seeds)} samples, "
-              f"{config.sampler} {config.sample_steps} steps, guidance {config.guidance} for "
-              f"logsnr in {list(config.interval)}, {world} x {device}, {precision}")
+              f"{config.sample_steps} {config.sampler} steps, {guided} of them guided, "
+              f"{world} x {device}, {precision}")
     with autocast_of(device, precision):
-        if args.trajectory and rank == 0:
-            draw_trajectory(folder, net, config, seeds, labels, device)
-        elif not args.trajectory:
-            label_of, mine = dict(zip(seeds, labels)), seeds[rank::world]
-            missing = [seed for seed in mine if not png(folder, seed).exists()]
-            write_pngs(folder, net, config, missing, [label_of[seed] for seed in missing], device,
-                       args.batch, data, hide_bar=rank > 0)
+        if args.trajectory:
+            if rank == 0:
+                draw_trajectory(folder, net, config, seeds, labels, device)
+        else:
+            missing = [seed for seed in seeds[rank::world] if not png(folder, seed).exists()]
+            mine = choose_labels(missing, classes, config.num_classes, data)
+            write_pngs(folder, net, config, missing, mine, device, args.batch, data, rank > 0)
     agree()  # the last image is there
     if rank == 0 and not args.trajectory:
         pack(folder, args.format, seeds, labels, names, config)
@@ -84,7 +85,8 @@ def parse() -> argparse.Namespace:
     add("--guidance", type=float, help="scale; 1 is none")
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="guidance where LOW <= logsnr < HIGH; -99 99 is everywhere")
-    add("--batch", type=int, default=64, help="images at once, per process; default: %(default)s")
+    add("--batch", type=int, default=64, help="images, or clips, at once in a process; default: "
+        "%(default)s")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     add("--compile", action="store_true", help="torch.compile: pays with many images")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
@@ -104,9 +106,10 @@ def configure(args: argparse.Namespace, config: sid2.Config) -> sid2.Config:
         raise InputError("--data: this run was trained without given frames")
     if config.frames > 1 and args.trajectory:
         raise InputError("--trajectory shows images, and this is a run of clips")
+    for flag, value in dict(steps=config.sample_steps, batch=args.batch).items():
+        if value < 1:
+            raise InputError(f"--{flag} must be at least 1, got {value}")
     check(config)
-    if args.batch < 1:
-        raise InputError(f"--batch must be at least 1, got {args.batch}")
     return config
 
 
@@ -139,7 +142,8 @@ def choose_classes(args: argparse.Namespace, names: list[str], num_classes: int)
 
 
 def open_given(args: argparse.Namespace, config: sid2.Config, state: dict) -> Data:
-    """Clips whose first frames are given. Moving shapes are drawn from a seed that no run has."""
+    """Clips whose first frames are given. Moving shapes are drawn from a seed above those of runs.
+    """
     name = args.data or state["data"]
     data = open_data(name, config.image_size, seed=2**32, frames=config.frames)
     if config.num_classes and data.classes != state["classes"]:
@@ -149,23 +153,20 @@ def open_given(args: argparse.Namespace, config: sid2.Config, state: dict) -> Da
 
 def open_samples(args: argparse.Namespace, settings: dict, rank: int) -> Path:
     """The folder of the PNGs, new or made with the same settings, which lie there as JSON."""
-    given, classes = [], settings["classes"]
+    changed, classes = [], settings["classes"]
     num_classes = settings["config"]["num_classes"]
     if classes != shown_classes(num_classes):
         everything = classes == list(range(num_classes))
-        given = ["classes", *(["all"] if everything else map(str, classes))]
+        changed = ["classes", *(["all"] if everything else map(str, classes))]
     for name in "weights steps sampler gamma guidance interval precision".split():
         value = getattr(args, name)
         if value not in (None, "ema", "auto"):
-            given += [name, *map(str, value if isinstance(value, list) else [value])]
-    name = "-".join([f"samples-{settings['step']:07d}", *given])[:200]
+            changed += [name, *map(str, value if isinstance(value, list) else [value])]
+    name = "-".join([f"samples-{settings['step']:07d}", *changed])[:200]
     run = Path(args.run)
     folder = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / name
     file = folder / "settings.json"
-    if file.is_file():
-        check_settings(file, settings)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and holds no samples: give another --out")
+    check_settings(file, settings)
     agree()  # all have looked before one writes
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,17 +207,19 @@ def read_png(file: Path, frames: int) -> np.ndarray:
 def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: list[str],
          config: sid2.Config):
     """Beside the folder of PNGs a grid, an npz or an animation of these seeds."""
-    files, path = [png(folder, seed) for seed in seeds], folder
-    if form != "folder":
-        path = folder.with_name(f"{folder.name}.{FORMATS[form]}")
-        with replacing(path) as temporary:
-            if form == "npz":
-                write_npz(temporary, files, labels, config.frames)
-            else:
-                images = np.stack([read_png(file, config.frames) for file in files])
+    if form == "folder":
+        print(f"wrote {folder}")
+        return
+    files = [png(folder, seed) for seed in seeds]
+    path = folder.with_name(f"{folder.name}.{FORMATS[form]}")
+    with replacing(path) as temporary:
+        if form == "npz":  # of 50,000 images, perhaps: one after the other
+            write_npz(temporary, files, labels, config.frames)
+        else:
+            images = np.stack([read_png(file, config.frames) for file in files])
             if form == "grid":
                 grid(images, labels, names, config.given).save(temporary, "PNG")
-            elif form == "animation":
+            else:
                 pages = [grid(images[:, [i]], labels, names) for i in range(config.frames)]
                 pages[0].save(temporary, "WebP", save_all=True, append_images=pages[1:],
                               duration=125, loop=0, lossless=True)
@@ -224,8 +227,8 @@ def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: li
 
 
 def write_npz(path: Path, files: list[Path], labels: list[int], frames: int):
-    """arr_0 (N, H, W, 3) uint8, of clips (N, frames, H, W, 3), and arr_1 (N,) int64 in the order of
-    the seeds, image by image."""
+    """arr_0 (N, H, W, 3) uint8, of clips (N, frames, H, W, 3), and arr_1 (N,) int64, in the order
+    of the seeds."""
     shape = read_png(files[0], frames).shape
     shape = (len(files), *(shape if frames > 1 else shape[1:]))
     with zipfile.ZipFile(path, "w") as archive:
@@ -242,18 +245,14 @@ def draw_trajectory(folder: Path, net, config: sid2.Config, seeds: list[int], la
                     device):
     """For each seed a row of z and one of x_hat, at eight noise levels from t = 1 to the sample.
     The heading says logsnr, with a star where the step was guided."""
-    logsnr = sid2.sampling_grid(config)
+    logsnr, guided = sid2.sampling_grid(config)
     shown = sorted(set(np.linspace(0, len(logsnr) - 1, 8).round().astype(int).tolist()))
-    guidance = config.guidance if config.num_classes else 1.0
-    steps = sid2.sample_steps(net, seeds, torch.tensor(labels, device=device), config.num_classes,
-                              logsnr, config.image_size, config.sampler, config.gamma, guidance,
-                              config.interval)
+    steps = sid2.sample_steps(net, config, seeds, torch.tensor(labels, device=device))
     kept = [(to_uint8(z.clamp(-1, 1)), to_uint8(x_hat))
             for i, (z, x_hat) in enumerate(steps) if i in shown]
     heading = ["logsnr"]
-    for value in logsnr[shown].tolist():
-        guided = guidance != 1 and config.interval[0] <= value < config.interval[1]
-        heading.append(f"{value:.1f}*" if guided else f"{value:.1f}")
+    for i in shown:
+        heading.append(f"{logsnr[i]:.1f}*" if guided[i] else f"{logsnr[i]:.1f}")
     rows = []
     for i, seed in enumerate(seeds):
         rows.append((f"seed {seed}: z", [z[i] for z, _ in kept]))

@@ -387,13 +387,14 @@ class ResidualUViT(nn.Module):
         self.checkpointing = ()  # levels whose blocks keep their input only, to save memory
         self.first_transformer_level = kinds.find("T")  # -1: there is none
 
-        def make_blocks(level: int, count: int) -> nn.ModuleList:
+        def make_block(level: int) -> nn.Module:
             if kinds[level] == "R":
-                made = (ResBlock(channels[level], config.width) for _ in range(count))
-            else:
-                made = (TransformerBlock(channels[level], config.width, config.head_width,
-                                         config.dropout, config.frames) for _ in range(count))
-            return nn.ModuleList(made)
+                return ResBlock(channels[level], config.width)
+            return TransformerBlock(channels[level], config.width, config.head_width,
+                                    config.dropout, config.frames)
+
+        def make_blocks(level: int, count: int) -> nn.ModuleList:
+            return nn.ModuleList(make_block(level) for _ in range(count))
 
         above = range(len(channels) - 1)  # the levels above the middle
         self.condition = Condition(config.width, config.num_classes)
@@ -477,61 +478,59 @@ def ddim_step(z: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor) -> T
     return alpha_s * x_hat + sigma_s / sigma_t * (z - alpha_t * x_hat)
 
 
+def sampling_grid(config: Config) -> tuple[Tensor, list[bool]]:
+    """logsnr (S,) at the times 1, 1 - 1/S, ..., 1/S of the S steps [SD]; and which of them are
+    guided: those where interval[0] <= logsnr < interval[1] [GI], if there are classes."""
+    t = torch.arange(config.sample_steps, 0, -1) / config.sample_steps
+    logsnr, _ = schedule(t, config.image_size, config.noise_low, config.noise_high)
+    low, high = config.interval
+    acts = config.num_classes > 0 and config.guidance != 1
+    return logsnr, [acts and low <= value < high for value in logsnr.tolist()]
+
+
 @torch.no_grad()
-def sample_steps(net, seeds: list[int], y: Tensor, null: int, logsnr: Tensor, image_size: int,
-                 sampler: str = "ddpm", gamma: float = 0.2,  # [SD]
-                 guidance: float = 1.0, interval: tuple = (-math.inf, math.inf)):
+def sample_steps(net, config: Config, seeds: list[int], y: Tensor, x: Tensor | None = None):
     """Yields (z, x_hat) at every step; x_hat is clipped to [-1, 1], and the last is the sample.
 
-    net(z, logsnr, y) -> v_hat; y: (B,) labels on the device to use; null: the null class; logsnr:
-    (S,) from noise to data, as sampling_grid below. All noise of image i, or of clip i, comes from
-    seeds[i], so neither its batch nor the number of processes matters. Guidance, x_null + guidance
-    (x_y - x_null), acts where interval[0] <= logsnr < interval[1] [GI]. Elsewhere, and at scale 1,
-    only the conditional pass is paid: S (1 + f) passes for a fraction f of the steps.
+    net(z, logsnr, y) -> v_hat; y: (B,) labels on the device to use; x (B, 3, H, W): the clips whose
+    first frames are given, if config.given. All noise of image i, or of clip i, comes from
+    seeds[i], so neither its batch nor the number of processes matters. Guidance is x_null +
+    guidance (x_y - x_null). Where it does not act only the conditional pass is paid: S (1 + f)
+    passes for a fraction f of the steps.
     """
-    if sampler not in ("ddpm", "ddim"):
-        raise ValueError(f"sampler must be ddpm or ddim, got {sampler}")
+    if config.sampler not in ("ddpm", "ddim"):
+        raise ValueError(f"sampler must be ddpm or ddim, got {config.sampler}")
+    if config.given:
+        net = given_frames(net, x, config.frames, config.given)
     generators = [torch.Generator(y.device).manual_seed(seed) for seed in seeds]
-    shape = (len(y) // len(seeds), 3, image_size, image_size)  # of an image or a clip
+    shape = (config.frames, 3, config.image_size, config.image_size)  # of an image or a clip
 
     def normal() -> Tensor:
         return torch.cat([torch.randn(shape, generator=g, device=y.device) for g in generators])
 
-    guided = [guidance != 1 and interval[0] <= value < interval[1] for value in logsnr.tolist()]
+    logsnr, guided = sampling_grid(config)
     logsnr, z = logsnr.to(y.device), normal()
     for i, logsnr_t in enumerate(logsnr):
         if guided[i]:
-            labels = torch.cat([y, torch.full_like(y, null)])
+            labels = torch.cat([y, torch.full_like(y, config.num_classes)])
             v_y, v_null = net(torch.cat([z, z]), logsnr_t.expand(2 * len(y)), labels).chunk(2)
-            v_hat = v_null + guidance * (v_y - v_null)  # x_hat is linear in v_hat
+            v_hat = v_null + config.guidance * (v_y - v_null)  # x_hat is linear in v_hat
         else:
             v_hat = net(z, logsnr_t.expand(len(y)), y)
         x_hat = x_from_v(z, v_hat, logsnr_t).clamp(-1, 1)
         yield z, x_hat
         if i + 1 == len(logsnr):  # the last step returns x_hat
             break
-        if sampler == "ddim":
+        if config.sampler == "ddim":
             z = ddim_step(z, x_hat, logsnr_t, logsnr[i + 1])
         else:
-            z = ddpm_step(z, x_hat, logsnr_t, logsnr[i + 1], gamma, normal())
-
-
-def sampling_grid(config: Config) -> Tensor:
-    """logsnr (S,) at the times 1, 1 - 1/S, ..., 1/S of the S steps [SD]."""
-    t = torch.arange(config.sample_steps, 0, -1) / config.sample_steps
-    return schedule(t, config.image_size, config.noise_low, config.noise_high)[0]
+            z = ddpm_step(z, x_hat, logsnr_t, logsnr[i + 1], config.gamma, normal())
 
 
 def sample(net, config: Config, seeds: list[int], y: Tensor, x: Tensor | None = None) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] of labels y (B,) and B / config.frames seeds, on the device of
-    y, sampled as config says. net(z, logsnr, y) -> v_hat is called once per step, with 2 B where
-    guided. x (B, 3, H, W): the clips whose first frames are given, if config.given."""
-    if config.given:
-        net = given_frames(net, x, config.frames, config.given)
-    logsnr = sampling_grid(config)
-    guidance = config.guidance if config.num_classes else 1.0
-    for _, x_hat in sample_steps(net, seeds, y, config.num_classes, logsnr, config.image_size,
-                                 config.sampler, config.gamma, guidance, config.interval):
+    """Images (B, 3, H, W) in [-1, 1] of labels y (B,) and B / config.frames seeds: the last x_hat
+    of sample_steps, which says the rest."""
+    for _, x_hat in sample_steps(net, config, seeds, y, x):
         pass
     return x_hat
 

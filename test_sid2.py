@@ -699,9 +699,11 @@ def logsnr_grid(S):
     return sid2.schedule(torch.arange(S, 0, -1) / S, 32, 32, 32)[0]
 
 
-def steps_of(net, seeds, labels, S, null=9, size=4, **kwargs):
-    y = torch.tensor(labels)
-    return list(sid2.sample_steps(net, seeds, y, null, logsnr_grid(S), size, **kwargs))
+def steps_of(net, seeds, labels, S, null=9, size=4, **changes):
+    """Every step, on the grid above: unshifted, and not guided if nothing else is said."""
+    config = sid2.Config(size, 1, (8,), "R", num_classes=null, noise_low=size, sample_steps=S)
+    config = replace(config, **dict(guidance=1.0, interval=(-math.inf, math.inf)) | changes)
+    return list(sid2.sample_steps(net, config, seeds, torch.tensor(labels)))
 
 
 def draw(*args, **kwargs):
@@ -863,10 +865,9 @@ def test_a_sample_is_the_last_x_hat_of_the_configured_steps(change):
     x = sid2.sample(counted, config, [3, 4], y)
     logsnr, _ = sid2.schedule(torch.tensor([1, 0.8, 0.6, 0.4, 0.2]), 8, config.noise_low,
                               config.noise_high)
-    assert_close(sid2.sampling_grid(config), logsnr)
+    assert_close(sid2.sampling_grid(config)[0], logsnr)
     scale, (low, high) = config.guidance if config.num_classes else 1.0, config.interval
-    *_, (_, x_hat) = sid2.sample_steps(net, [3, 4], y, 3, logsnr, 8, config.sampler, config.gamma,
-                                       scale, config.interval)
+    *_, (_, x_hat) = sid2.sample_steps(net, config, [3, 4], y)
     assert_close(x, x_hat)
     assert passes == [[0, 0, 3, 3] if scale != 1 and low <= value < high else [0, 0]
                       for value in logsnr]
@@ -961,7 +962,7 @@ def test_a_clip_depends_on_its_seed_alone():
     together = sid2.sample(net, config, [5, 6], y.repeat(2))
     assert_close(together[4:], sid2.sample(net, config, [6], y))
     noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(6))
-    z, _ = next(sid2.sample_steps(net, [5, 6], y.repeat(2), 3, sid2.sampling_grid(CLIPS), 8))
+    z, _ = next(sid2.sample_steps(net, config, [5, 6], y.repeat(2)))
     assert torch.equal(z[4:], noise)
 
 
@@ -995,9 +996,9 @@ def test_clips_with_given_frames_follow_the_exact_conditional_distribution():
 
     slope = K[2:, :2] @ K[:2, :2].inverse()
     covariance = K[2:, 2:] - slope @ K[:2, 2:]
-    net = sid2.given_frames(exact, x, 4, 2)
-    *_, (_, drawn) = sid2.sample_steps(net, range(clips), y, 0, logsnr_grid(512), size,
-                                        gamma=0.5)
+    config = replace(CLIPS, image_size=size, num_classes=0, noise_low=size, sample_steps=512,
+                     gamma=0.5)
+    drawn = sid2.sample(exact, config, range(clips), y, x)
     got = spread(drawn)
     assert_close(got[0], slope, rtol=0.03, atol=0.01)
     assert_close(got[1], covariance, rtol=0.03, atol=0)
@@ -1592,7 +1593,7 @@ def test_an_unreadable_image_ends_the_run_or_the_next_one_and_its_label_take_its
     assert [image[0, 0, 0] // 255 for image in images] == labels.tolist()
     assert len(set(re.findall(rf"^warning: {top}/\S+", capsys.readouterr().err, re.M))) == 6
     halve(put(tmp_path / "only", "x.png") / "x.png")
-    with pytest.raises(train.ImageError, match="nothing in .* can be read"):
+    with pytest.raises(train.LocalError, match="nothing in .* can be read"):
         look_at(train.open_data(str(tmp_path / "only"), 8, seed=0, skip_bad=True), [0])
 
 
@@ -1713,7 +1714,7 @@ def test_a_clip_of_mixed_sizes_or_with_a_broken_frame_is_named_or_left_out(tmp_p
     halve(tmp_path / "cut/2.png")
     data = train.open_data(str(tmp_path), 8, 0, frames=2)
     for i, message in enumerate(["bad cannot be read .*different sizes", "cut cannot be read"]):
-        with pytest.raises(train.ImageError, match=message):
+        with pytest.raises(train.LocalError, match=message):
             data.clips(np.array([i]), 0.0, 2)
     data = train.open_data(str(tmp_path), 8, 0, skip_bad=True, frames=2)
     good, _ = data.clips(np.array([2]), 0.0, 2)
@@ -1825,7 +1826,7 @@ def bad(tmp_path_factory, finished):
     npz(root / "negative.npz", arr_1=np.array([0, -1]))
     state = torch.load(finished / "checkpoint.pt", weights_only=True)
     older = {key: value for key, value in state["config"].items() if key != "clip"}
-    for name, change in {"older": dict(config=older), "optimiser": dict(optimizer={}),
+    for name, change in {"older": dict(config=older),
                          "network": dict(config=state["config"] | {"width": 32})}.items():
         shutil.copytree(finished, root / name)
         torch.save(state | change, root / name / "checkpoint.pt")
@@ -1869,11 +1870,10 @@ train --frames 4 --data cifar10            | cifar10 \(images only\)
 train --frames 4 --given 4                 | given must be at least 0 and below frames, 4
 train --init-from RUN --middle 0           | does not fit, for example middle.0
 train --out RUN --data DATA --lr 0.5       | other settings .*lr 0.01 -> 0.5
-train --out BAD/loose                      | exists and is no run folder
+train --out BAD/loose                      | exists and has no config.json
 train --out BAD/file/run                   | cannot read or write: .*file
 train --out BAD/text --data DATA           | config.json is damaged
 train --out BAD/settings --data DATA       | config.json is of another version
-train --out BAD/optimiser --data DATA      | checkpoint.pt does not hold the network and optimiser
 sample BAD/nowhere                         | no checkpoint at .*nowhere
 sample BAD/network                         | checkpoint.pt is truncated or no checkpoint
 sample BAD/older                           | checkpoint.pt was written by another version
@@ -1882,7 +1882,7 @@ sample RUN --gamma 2                       | gamma must lie in
 sample RUN --seeds 4 2                     | --seeds
 sample RUN --batch 0                       | --batch
 sample RUN --data shapes                   | --data: this run was trained without given frames
-sample RUN --out BAD/loose                 | exists and holds no samples
+sample RUN --out BAD/loose                 | exists and has no settings.json
 """
 
 

@@ -69,7 +69,8 @@ def main():
     model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
     batches = Batches(data, config, args.seed, rank * local, local)
     loader = open_loader(batches, start, args.workers, device)
-    generator, history = torch.Generator(device), []
+    generator = torch.Generator(device)
+    history = []  # loss and norm of the gradient of each step since the last row of the log
     model.train()
 
     with run.bar(loader, start) as bar:
@@ -96,7 +97,8 @@ def main():
             sid2.ema_update(ema, net, step, config.ema)
 
             # bookkeeping: only steps that log, save or draw wait for the device
-            done, stop = step + 1, run.stop_asked()
+            done = step + 1
+            stop = run.stop_asked()
             history.append(torch.stack([loss, norm]))
             save = stop or run.due(done, args.save_every)
             draw = run.due(done, args.sample_every)
@@ -148,11 +150,11 @@ class Batches(Dataset):
 
     def __getitem__(self, step: int):
         try:
-            return self.draw(step)
-        except (ImageError, OSError) as error:  # raised by the process that asked, not in this one
+            return self.make(step)
+        except (LocalError, OSError) as error:  # for the training process to raise
             return error
 
-    def draw(self, step: int) -> tuple[torch.Tensor, ...]:
+    def make(self, step: int) -> tuple[torch.Tensor, ...]:
         c, place = self.config, self.place
         rng = np.random.default_rng([self.seed, 0, step])
         start = rng.random()
@@ -165,6 +167,7 @@ class Batches(Dataset):
         images = np.where(flip[:, None, None, None, None], images[..., ::-1, :], images)
         y = np.where(drop | (c.num_classes == 0), c.num_classes, labels)
         t = sid2.low_discrepancy_times(torch.from_numpy(place), c.batch, start)
+        # seeds of the noise: one follows the other, far away from those of another run
         seeds = ((self.seed + 1) * 2654435761 % 2**32 + numbers) % 2**32
         y, t = (each[:, None].repeat(1, c.frames) for each in (torch.from_numpy(y), t))
         return torch.from_numpy(images), y, t, torch.from_numpy(seeds)
@@ -172,12 +175,12 @@ class Batches(Dataset):
 
 def open_loader(batches: Batches, start: int, workers: int | None, device) -> DataLoader:
     """The items of `batches` from step `start` on; on CUDA in memory that is copied from fast."""
-    world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
     if workers is None:
-        workers = min(8, os.cpu_count() // world) if device.type == "cuda" else 1
+        workers = min(8, os.cpu_count() // processes) if device.type == "cuda" else 1
     config, shared = batches.config, Path("/dev/shm")  # by which loader processes hand over items
     item = len(batches.place) * config.frames * 3 * config.image_size**2
-    needed = world * workers * 2 * item  # each has two under way
+    needed = processes * workers * 2 * item  # each has two under way
     if shared.is_dir() and shutil.disk_usage(shared).free < needed:  # they would wait for ever
         raise InputError(f"{shared} has less than the {needed / 1e6:.0f} MB free that --workers "
                          f"{workers} needs: allow more (docker: --shm-size), or give --workers 0")
@@ -199,31 +202,30 @@ class InputError(Exception):
     """What the user can mend: one line says what came, what is allowed, what to do."""
 
 
-class ImageError(InputError):
-    """The same about an image, seen by one process alone."""
+class LocalError(InputError):
+    """The same, but met by one process alone: an image, or its GPU."""
 
 
 def guarded(main):
     """Runs the main function of a script. What the user can mend ends it with one line of error and
     exit code 2; SIGTERM is like Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code = 2
+    code, message = 2, ""
     try:
         main()
-        code = 0
     except KeyboardInterrupt:
         code, message = 130, "interrupted; what was written before is whole"
     except InputError as error:
         message = str(error)
-        if not isinstance(error, ImageError) and os.environ.get("RANK", "0") != "0":
-            raise SystemExit(code)  # the first process says the same
+        if not isinstance(error, LocalError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(code)  # the first process of this machine says the same
     except OSError as error:  # no space, no permission, a disk that went away
         message = f"cannot read or write: {error}; what was written before is whole"
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory: --batch, in train.py --micro-batch, takes fewer images at once"
     finally:
         end_loaders()
-    if code:
+    if message:
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         raise SystemExit(code)
     if dist.is_initialized():  # all processes end together
@@ -245,17 +247,18 @@ def end_loaders():
 
 def setup(name: str) -> tuple[int, int, torch.device]:
     """Rank, number of processes, device; joins the process group if torchrun has set RANK."""
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":  # MPS has no process group
         mps = torch.backends.mps.is_available() and world == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+    device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used by process {local} here: {reason}")
+        raise LocalError(f"--device {name} cannot be used by process {local_rank} here: {reason}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means float32, in convolutions too
@@ -315,9 +318,10 @@ def parse() -> argparse.Namespace:
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="auto: bf16 where the hardware multiplies it")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-    add("--micro-batch", type=int, help="images at once in a process; default: its whole share")
-    add("--checkpointing", type=int, nargs="*", metavar="LEVEL", help="compute the activations of "
-        "these levels (0 is the top; none named: all) again: less memory, slower")
+    add("--micro-batch", type=int, help="images, or clips, at once in a process; default: all")
+    add("--checkpointing", type=int, nargs="*", default=(), metavar="LEVEL",
+        help="compute activations again at these levels (0 is the top; none named: all): less "
+        "memory, slower")
     add("--workers", type=int, help="loader processes; default: up to 8 on CUDA, else 1")
     add("--log-every", type=int, default=50, help="steps between rows of the log")
     add("--sample-every", type=int, default=1000, help="steps between pictures; 0: never")
@@ -339,34 +343,32 @@ def parse() -> argparse.Namespace:
 def configure(args: argparse.Namespace, world: int):
     """The configuration, of the preset, the flags and the classes of the data; and the data."""
     preset = sid2.PRESETS[args.preset]
-    given = {}
+    chosen = {}
     for field in fields(preset):
         value = getattr(args, field.name)
         if value is not None:
-            given[field.name] = tuple(value) if isinstance(value, list) else value
-    config = replace(preset, **given)
-    if args.checkpointing is None:
-        args.checkpointing = []
-    elif args.checkpointing == []:
-        args.checkpointing = list(range(len(config.channels)))
+            chosen[field.name] = tuple(value) if isinstance(value, list) else value
+    config = replace(preset, **chosen)
+    if args.checkpointing == []:  # the flag without a level; () without the flag
+        args.checkpointing = range(len(config.channels))
     check(config, world=world, **vars(args))
     own = dict(shapes="shapes", moving="shapes", cifar10="cifar10")  # data of a preset
-    if args.data is None and args.preset not in own:
+    name = args.data or own.get(args.preset)
+    if not name:
         raise InputError(f"--preset {args.preset} needs --data: shapes, a folder or an npz")
-    data = open_data(args.data or own[args.preset], config.image_size, args.seed, args.skip_bad,
-                     config.frames)
-    if given.get("num_classes", 0) not in (0, len(data.classes)):
-        raise InputError(f"--num-classes {config.num_classes}: {data.name} has {len(data.classes)} "
+    data = open_data(name, config.image_size, args.seed, args.skip_bad, config.frames)
+    if args.num_classes and args.num_classes != len(data.classes):
+        raise InputError(f"--num-classes {args.num_classes}: {data.name} has {len(data.classes)} "
                          "classes; 0 trains without them")
-    if "num_classes" not in given and preset.num_classes > 0:
+    if config.num_classes > 0:
         config = replace(config, num_classes=len(data.classes))
     return config, data
 
 
 def check(config: sid2.Config, **flags):
-    """The rules that torch would tell late or darkly; flags: values of the script's own flags."""
+    """The rules whose breach torch would report late or unclearly; flags: those of the script."""
     values, channels = flags | asdict(config), config.channels
-    unit = config.patch_size * 2 ** (len(channels) - 1) or 1
+    unit = config.patch_size * 2 ** (len(channels) - 1)
     part = values.get("world", 1) * (values.get("micro_batch") or 1)
     rules = [
         ("patch_size head_width frames noise_low steps batch sample_steps log_every micro_batch",
@@ -433,7 +435,13 @@ def write_json(path: Path, value):
 
 
 def check_settings(file: Path, settings: dict, free: tuple = ()):
-    """What was written with `file` beside it has the same settings, but for those that are free."""
+    """Whether what these settings make may be written beside `file`: its folder is new or empty, or
+    `file` holds the same settings, but for those that are free."""
+    if not file.is_file():
+        folder = file.parent
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and has no {file.name}: give another --out")
+        return
     try:
         before = dict(json.loads(file.read_text()))
     except (ValueError, TypeError):
@@ -463,7 +471,7 @@ def load_checkpoint(path: str | Path) -> dict:
         state["config"] = sid2.Config(**state["config"])
         with torch.device("meta"):
             net = sid2.ResidualUViT(state["config"])
-        for name in ("net", "ema"):  # a copy, as torch notes in the original that it was assigned
+        for name in ("net", "ema"):  # with assign=True torch marks the dict that it gets: a copy
             net.load_state_dict(dict(state[name]), assign=True)
         return {key: state[key] for key in ("config", "classes", "data", "step", "seconds",
                                             "skipped", "net", "ema", "optimizer")}
@@ -483,7 +491,7 @@ def init_from(path: str, net: sid2.ResidualUViT) -> str:
     if trunk - fits:
         raise InputError(f"--init-from {path}: its trunk does not fit, for example "
                          f"{min(trunk - fits)}")
-    net.load_state_dict({key: theirs[key] if key in fits else mine[key] for key in mine})
+    net.load_state_dict({key: theirs[key] for key in fits}, strict=False)
     fresh = ", ".join(sorted(mine.keys() - fits)) or "none"
     return f"{len(fits)} of {len(mine)} tensors from {path}; started afresh: {fresh}"
 
@@ -496,21 +504,19 @@ class Run:
                "seconds").split()
 
     def __init__(self, args, config: sid2.Config, data, rank: int, world: int, device, precision):
-        self.args, self.config, self.data = args, config, data
+        self.config, self.data = config, data
         self.rank, self.world, self.device = rank, world, device
         self.folder = Path(args.out or f"runs/{args.preset}")
         self.classes = data.classes if config.num_classes else []
         self.precision = precision
+        self.unit = "image" if config.frames == 1 else "clip"
         self.parameters, self.gmac = sid2.count(config)
         self.seconds, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
         self.done, self.waited, self.signals = 0, 0.0, 0
         self.settings = asdict(config) | dict(
             data=data.name, images=len(data.labels), classes=self.classes, seed=args.seed,
             precision=precision, init_from=args.init_from)
-        if (self.folder / "config.json").is_file():  # more steps, or another place of the data
-            check_settings(self.folder / "config.json", self.settings, free=("steps", "data"))
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise InputError(f"{self.folder} exists and is no run folder: give another --out")
+        check_settings(self.folder / "config.json", self.settings, free=("steps", "data"))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -519,18 +525,14 @@ class Run:
         said = f"a new run in {self.folder}"
         if os.path.lexists(self.folder / "checkpoint.pt"):
             state = load_checkpoint(self.folder)
-            try:
-                net.load_state_dict(state["net"])
-                ema.load_state_dict(state["ema"])
-                optimizer.load_state_dict(state["optimizer"])
-            except (KeyError, RuntimeError, TypeError, ValueError):
-                raise InputError(f"{self.folder / 'checkpoint.pt'} does not hold the network and "
-                                 "optimiser of this run: give another --out")
+            net.load_state_dict(state["net"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
             self.done, self.seconds = state["step"], state["seconds"]
             self.skipped = state["skipped"]
             said = f"resumed at step {self.done}"
-        elif self.args.init_from:
-            said = init_from(self.args.init_from, net)
+        elif self.settings["init_from"]:
+            said = init_from(self.settings["init_from"], net)
             ema.load_state_dict(net.state_dict())
         if agree(self.done > 0) and agree(self.done == 0):  # else one would start anew
             raise InputError(f"not all processes see the checkpoint in {self.folder}: it must be "
@@ -539,11 +541,12 @@ class Run:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", self.settings)
             self.open_log()
-            unit = "image" if self.config.frames == 1 else "clip"
-            print(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per {unit}; "
-                  f"{self.world} x {self.device}, {self.precision}, torch {torch.__version__}\n"
-                  f"data: {self.data.name}, {len(self.data.labels)} {unit}s, "
-                  f"{len(self.data.classes)} classes\n{said}")
+            print(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per "
+                  f"{self.unit}; {self.world} x {self.device}, {self.precision}, torch "
+                  f"{torch.__version__}")
+            print(f"data: {self.data.name}, {len(self.data.labels)} {self.unit}s, "
+                  f"{len(self.data.classes)} classes")
+            print(said)
         return self.done
 
     def open_log(self):
@@ -614,7 +617,7 @@ class Run:
                    f"{self.waited / elapsed:.4f}", f"{self.seconds:.1f}"]
             self.log_file.write(",".join(map(str, row)) + "\n")
         self.done, self.waited, self.since = done, 0.0, time.perf_counter()
-        return f"loss {loss:.4f}, {rate:.0f} images/s, {tflops:.3g} TFLOP/s"
+        return f"loss {loss:.4f}, {rate:.0f} {self.unit}s/s, {tflops:.3g} TFLOP/s"
 
     def save(self, done: int, net: torch.nn.Module, ema: torch.nn.Module, optimizer):
         """checkpoint.pt: plain types and tensors; right after a row of the log."""
@@ -674,7 +677,7 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
     size = max(1, math.ceil(len(seeds) / batches))
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} samples [{elapsed}<{remaining}]"
     with tqdm(total=len(seeds) * config.sample_steps, unit_scale=1 / config.sample_steps,
-              bar_format=form, leave=None, disable=hide_bar) as bar:  # None: if it stands alone
+              bar_format=form, leave=None, disable=hide_bar) as bar:  # leave: if no other is open
 
         def watched(*inputs):
             bar.update(len(part))
@@ -699,7 +702,7 @@ def choose_labels(seeds: list[int], classes: list, num_classes: int, data=None) 
     if num_classes == 0:
         return [0] * len(seeds)
     if data is not None:
-        return data.labels[np.array(seeds) % len(data.labels)].tolist()
+        return [int(data.labels[seed % len(data.labels)]) for seed in seeds]
     if classes == ["random"]:
         return [int(np.random.default_rng([1, seed]).integers(num_classes)) for seed in seeds]
     return [classes[seed % len(classes)] for seed in seeds]
@@ -761,10 +764,10 @@ class Data:
         self.name, self.labels, self.classes = name, labels.astype(np.int64), classes
         self.lengths = np.broadcast_to(lengths, labels.shape)
 
-    def clips(self, numbers: np.ndarray, place=0.0, frames: int = 1):
+    def clips(self, numbers: np.ndarray, window=0.0, frames: int = 1):
         """`frames` neighbours of each of these clips, uint8 (B, frames, H, W, 3), and labels (B,).
-        place in [0, 1): whether they come early or late in the clip, one number or (B,)."""
-        first = (place * (self.lengths[numbers] - frames + 1)).astype(np.int64)
+        window: where they begin, from 0, as early as they can, to 1, as late; a number or (B,)."""
+        first = (window * (self.lengths[numbers] - frames + 1)).astype(np.int64)
         images, labels = zip(*(self.read(i, j, frames)
                                for i, j in zip(numbers.tolist(), first.tolist())))
         return np.stack(images), np.array(labels)
@@ -831,13 +834,12 @@ class Shapes(Data):
         points = (np.arange(fine * self.size, dtype=np.float32) + 0.5) / (fine * self.size)
         a, b = (points - centre[0]) / radius, (points[:, None] - centre[1]) / radius
         inside = self.shapes[self.classes[self.labels[clip]]](a, b)
-        inside = inside.view(np.uint8).reshape(self.size, fine, self.size, fine)
-        hits = np.einsum("aibj -> ab", inside, dtype=np.int64)  # points of a pixel inside the shape
+        hits = inside.reshape(self.size, fine, self.size, fine).sum((1, 3))  # of a pixel's points
         share = np.arange(fine**2 + 1)[:, None] / fine**2
         palette = (255 * (dark + share * (light - dark)) + 0.5).astype(np.uint8)
         return palette[hits]
 
-    def read(self, i: int, first: int = 0, frames: int = 1) -> tuple[np.ndarray, int]:
+    def read(self, i: int, first: int, frames: int) -> tuple[np.ndarray, int]:
         radius, centres, dark, light = self.scene(i)
         centres = centres[first : first + frames]
         return np.stack([self.draw(i, radius, c, dark, light) for c in centres]), self.labels[i]
@@ -850,13 +852,14 @@ class Stored(Data):
         super().__init__(name, labels, classes, math.prod(images.shape[1:-3]))
         self.images = images
 
-    def read(self, i: int, first: int = 0, frames: int = 1) -> tuple[np.ndarray, int]:
+    def read(self, i: int, first: int, frames: int) -> tuple[np.ndarray, int]:
         clip = self.images[i].reshape(-1, *self.images.shape[-3:])
         return clip[first : first + frames], self.labels[i]
 
 
 class Mapped:
-    """A uint8 array in a file, mapped anew at each call: loader processes share nothing else."""
+    """A uint8 array in a file, mapped anew at each call: a memmap that is sent to loader processes
+    would carry its whole content there."""
 
     def __init__(self, path: Path, offset: int, shape: tuple[int, ...]):
         self.path, self.offset, self.shape, self.dtype = path, offset, shape, np.dtype(np.uint8)
@@ -883,12 +886,12 @@ class Folder(Data):
             try:
                 return self.decode(files, begin, frames), self.labels[clip]
             except Exception as error:  # Pillow's decoders raise many kinds
-                place = files[0] if files[0] == files[-1] else files[0].parent
-                said = f"{place} cannot be read ({error})"
+                source = files[0] if files[0] == files[-1] else files[0].parent
+                said = f"{source} cannot be read ({error})"
             if not self.skip_bad:
-                raise ImageError(f"{said}: repair or remove it; train.py --skip-bad takes the next")
+                raise LocalError(f"{said}: repair or remove it; train.py --skip-bad takes the next")
             print(f"warning: {said}: the next one is taken", file=sys.stderr)
-        raise ImageError(f"nothing in {self.name} can be read")
+        raise LocalError(f"nothing in {self.name} can be read")
 
     def decode(self, files: list[Path], first: int, frames: int) -> np.ndarray:
         images, sizes = [], set()
@@ -983,18 +986,17 @@ def open_folder(path: Path, convert, skip_bad: bool = False, labelled: bool = Tr
         raise InputError(f"no images in {path} and its sub-folders: looked for "
                          f"{' '.join(SUFFIXES)}{hint}")
     clips = find_clips(files) if frames > 1 else {file: [file] for file in files}
-    for place, members in clips.items():
-        if place == path or len(members) < frames:
-            raise InputError(f"{place} has {len(members)} frames: a clip is a sub-folder of frames "
-                             f"or an animation, here of {frames} at least")
-    parts = [place.relative_to(path).parts for place in clips]
-    firsts = [part[0] if labelled and len(part) > 1 else "" for part in parts]
-    classes, loose = sorted(set(firsts) - {""}), firsts.count("")
-    if classes and loose:
-        raise InputError(f"{path} has {loose} images or clips beside its {len(classes)} class "
-                         "folders: put them into classes, or away")
-    numbers = {name: i for i, name in enumerate(classes or [""])}
-    labels = np.array([numbers[first] for first in firsts])
+    for source, members in clips.items():
+        if source == path or len(members) < frames:
+            raise InputError(f"{source} has {len(members)} frames: a clip is a sub-folder of "
+                             f"frames or an animation, here of {frames} at least")
+    parts = [source.relative_to(path).parts for source in clips]
+    names = [part[0] if labelled and len(part) > 1 else "" for part in parts]
+    classes = sorted(set(names) - {""})
+    if classes and "" in names:
+        raise InputError(f"{path} has {names.count('')} images or clips beside its {len(classes)} "
+                         "class folders: put them into classes, or away")
+    labels = np.unique(names, return_inverse=True)[1]  # in the order of the classes
     return Folder(str(path), list(clips.values()), labels, classes, convert, skip_bad)
 
 
@@ -1049,15 +1051,15 @@ def open_labelled_npz(path: Path, size: int, frames: int) -> Stored:
         clips = f", clips of {frames} frames" if frames > 1 else ""
         raise InputError(f"{path}: arr_0 is {images.shape}, the configuration asks for {size} x "
                          f"{size} pixels{clips}")
-    n, classes = images.shape[0], []
-    labels = arrays.get("arr_1", np.zeros(n, np.int64))
-    if "arr_1" in arrays:
-        whole = labels.shape == (n,) and labels.dtype.kind in "iu"
-        if not whole or not 0 <= labels.min() <= labels.max() < n:
-            raise InputError(f"{path}: arr_1 is {labels.dtype} {labels.shape}, it must be {n} "
-                             "integer labels from 0 up, with no more classes than images")
-        classes = [str(i) for i in range(labels.max() + 1)]
-    return Stored(str(path), images, labels, classes)
+    n = images.shape[0]
+    if "arr_1" not in arrays:
+        return Stored(str(path), images, np.zeros(n), [])
+    labels = arrays["arr_1"]
+    whole = labels.shape == (n,) and labels.dtype.kind in "iu"
+    if not whole or not 0 <= labels.min() <= labels.max() < n:
+        raise InputError(f"{path}: arr_1 is {labels.dtype} {labels.shape}, it must be {n} integer "
+                         "labels from 0 up, with no more classes than images")
+    return Stored(str(path), images, labels, [str(i) for i in range(labels.max() + 1)])
 
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170,052,171 bytes
