@@ -70,10 +70,9 @@ def main():
     batches = Batches(data, config, args.seed, rank * local, local)
     loader = open_loader(batches, start, args.workers, device)
     generator = torch.Generator(device)
-    history = []  # loss and norm of the gradient of each step since the last row of the log
     model.train()
 
-    with run.bar(loader, start) as bar:
+    with run.progress(loader, start) as bar:
         for step, batch in enumerate(bar, start):
             torch.manual_seed(args.seed + 1_000_003 * step + rank)  # of dropout
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
@@ -96,21 +95,7 @@ def main():
             optimizer.zero_grad()
             sid2.ema_update(ema, net, step, config.ema)
 
-            # bookkeeping: only steps that log, save or draw wait for the device
-            done = step + 1
-            stop = run.stop_asked()
-            history.append(torch.stack([loss, norm]))
-            save = stop or run.due(done, args.save_every)
-            draw = run.due(done, args.sample_every)
-            if save or draw or run.due(done, args.log_every):
-                text = run.log(done, history, optimizer.param_groups[0]["lr"])
-                bar.set_postfix_str(text)
-                history = []
-            if save:
-                run.save(done, net, ema, optimizer)
-            if draw:
-                run.draw(done, ema)
-            if stop:
+            if run.record(step + 1, loss, norm, net, ema, optimizer):  # a signal came
                 break
     run.finish()
 
@@ -504,7 +489,7 @@ class Run:
                "seconds").split()
 
     def __init__(self, args, config: sid2.Config, data, rank: int, world: int, device, precision):
-        self.config, self.data = config, data
+        self.args, self.config, self.data = args, config, data
         self.rank, self.world, self.device = rank, world, device
         self.folder = Path(args.out or f"runs/{args.preset}")
         self.classes = data.classes if config.num_classes else []
@@ -513,6 +498,7 @@ class Run:
         self.parameters, self.gmac = sid2.count(config)
         self.seconds, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
         self.done, self.waited, self.signals = 0, 0.0, 0
+        self.history = []  # loss and norm of the gradient of each step since the last row
         self.settings = asdict(config) | dict(
             data=data.name, images=len(data.labels), classes=self.classes, seed=args.seed,
             precision=precision, init_from=args.init_from)
@@ -531,8 +517,8 @@ class Run:
             self.done, self.seconds = state["step"], state["seconds"]
             self.skipped = state["skipped"]
             said = f"resumed at step {self.done}"
-        elif self.settings["init_from"]:
-            said = init_from(self.settings["init_from"], net)
+        elif self.args.init_from:
+            said = init_from(self.args.init_from, net)
             ema.load_state_dict(net.state_dict())
         if agree(self.done > 0) and agree(self.done == 0):  # else one would start anew
             raise InputError(f"not all processes see the checkpoint in {self.folder}: it must be "
@@ -559,7 +545,7 @@ class Run:
             temporary.write_text("\n".join([",".join(self.columns), *kept, ""]))
         self.log_file = open(path, "a", buffering=1)
 
-    def bar(self, loader: DataLoader, start: int) -> tqdm:
+    def progress(self, loader: DataLoader, start: int) -> tqdm:
         """The loader under a progress bar. How long its items were waited for is added up."""
         self.since = time.perf_counter()
 
@@ -572,8 +558,9 @@ class Run:
                 yield item
                 begun = time.perf_counter()
 
-        return tqdm(timed(), total=self.config.steps, initial=start, unit="step",
-                    disable=self.rank > 0)
+        self.bar = tqdm(timed(), total=self.config.steps, initial=start, unit="step",
+                        disable=self.rank > 0)
+        return self.bar
 
     def on_signal(self, number: int, _):
         """SIGTERM and Ctrl-C: noted for the end of the step. A second Ctrl-C ends the program."""
@@ -582,16 +569,28 @@ class Run:
         if self.signals > 1 and number == signal.SIGINT and alone:
             raise KeyboardInterrupt
 
-    def stop_asked(self) -> bool:
-        return agree(self.signals > 0)
+    def record(self, done: int, loss: torch.Tensor, norm: torch.Tensor, net: torch.nn.Module,
+               ema: torch.nn.Module, optimizer) -> bool:
+        """After each step: logs, saves and draws where that is due, and only then waits for the
+        device. Returns whether a signal asks to stop."""
 
-    def due(self, done: int, every: int) -> bool:
-        return every > 0 and (done % every == 0 or done == self.config.steps)
+        def due(every: int) -> bool:
+            return every > 0 and (done % every == 0 or done == self.config.steps)
 
-    def log(self, done: int, history: list[torch.Tensor], lr: float) -> str:
-        """A row of log.csv, and the short form for the bar. history: loss and norm of the gradient
-        of each step since the last row."""
-        values = torch.stack(history)
+        self.history.append(torch.stack([loss, norm]))
+        stop = agree(self.signals > 0)
+        save, draw = stop or due(self.args.save_every), due(self.args.sample_every)
+        if save or draw or due(self.args.log_every):
+            self.log(done, optimizer.param_groups[0]["lr"])
+        if save:
+            self.save(done, net, ema, optimizer)
+        if draw:
+            self.draw(done, ema)
+        return stop
+
+    def log(self, done: int, lr: float):
+        """A row of log.csv, and its short form in the bar."""
+        values, self.history = torch.stack(self.history), []
         if self.world > 1:
             dist.all_reduce(values)
         values = values.cpu().numpy() / self.world
@@ -617,7 +616,8 @@ class Run:
                    f"{self.waited / elapsed:.4f}", f"{self.seconds:.1f}"]
             self.log_file.write(",".join(map(str, row)) + "\n")
         self.done, self.waited, self.since = done, 0.0, time.perf_counter()
-        return f"loss {loss:.4f}, {rate:.0f} {self.unit}s/s, {tflops:.3g} TFLOP/s"
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} {self.unit}s/s, "
+                                 f"{tflops:.3g} TFLOP/s")
 
     def save(self, done: int, net: torch.nn.Module, ema: torch.nn.Module, optimizer):
         """checkpoint.pt: plain types and tensors; right after a row of the log."""
