@@ -954,6 +954,7 @@ def test_given_frames_are_seen_clean_and_answered_exactly():
     config = replace(CLIPS, guidance=3.0, interval=(-50.0, 50.0))
     sample_of = sid2.sample(watched, config, [5, 6], y, x)
     assert_close(sample_of[first], x[first], rtol=0, atol=1e-5)
+    assert (sample_of - x)[~first].abs().mean() > 0.1
     assert len(seen[-1][0]) == 16  # with the null class
 
 
