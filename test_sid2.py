@@ -1881,7 +1881,8 @@ sample BAD/older                           | checkpoint.pt was written by anothe
 sample RUN --classes zebra                 | --classes zebra: this run has classes 0 to 2: a, b, c
 sample RUN --gamma 2                       | gamma must lie in
 sample RUN --seeds 4 2                     | --seeds
-sample RUN --batch 0                       | --batch
+sample RUN --batch 0                       | --batch must be at least 1
+sample RUN --steps 0                       | --steps must be at least 1
 sample RUN --data shapes                   | --data: this run was trained without given frames
 sample RUN --out BAD/loose                 | exists and has no settings.json
 """
@@ -1969,6 +1970,18 @@ def test_the_scripts_end_in_a_shell_as_they_do_here(monkeypatch):
     started = [*launch(ROOT / "train.py", "--device", "cuda"), *launch(ROOT / "sample.py", "no")]
     for result, message in zip(results(started), ("--device cuda cannot be used", "no checkpoint")):
         assert message in error_line(*result)
+
+
+def test_what_all_processes_meet_is_told_once_per_machine(monkeypatch):
+    """What one alone has met, an image or its GPU, it tells itself."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def fail(error):
+        raise error
+
+    for error, said in ((train.InputError("all"), ""), (train.LocalError("one"), "error: one\n")):
+        script = types.SimpleNamespace(__file__="", main=lambda: fail(error))
+        assert run(script) == (2, "", said)
 
 
 # --------------------------------------------------------------------------------------------------
