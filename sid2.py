@@ -495,8 +495,8 @@ def sample_steps(net, config: Config, seeds: list[int], y: Tensor, x: Tensor | N
     net(z, logsnr, y) -> v_hat; y: (B,) labels on the device to use; x (B, 3, H, W): the clips whose
     first frames are given, if config.given. All noise of image i, or of clip i, comes from
     seeds[i], so neither its batch nor the number of processes matters. Guidance is x_null +
-    guidance (x_y - x_null). Where it does not act only the conditional pass is paid: S (1 + f)
-    passes for a fraction f of the steps.
+    guidance (x_y - x_null). Steps without it pay the conditional pass alone: S (1 + f) passes if
+    the fraction f of S steps is guided.
     """
     if config.sampler not in ("ddpm", "ddim"):
         raise ValueError(f"sampler must be ddpm or ddim, got {config.sampler}")
@@ -509,7 +509,8 @@ def sample_steps(net, config: Config, seeds: list[int], y: Tensor, x: Tensor | N
         return torch.cat([torch.randn(shape, generator=g, device=y.device) for g in generators])
 
     logsnr, guided = sampling_grid(config)
-    logsnr, z = logsnr.to(y.device), normal()
+    logsnr = logsnr.to(y.device)
+    z = normal()
     for i, logsnr_t in enumerate(logsnr):
         if guided[i]:
             labels = torch.cat([y, torch.full_like(y, config.num_classes)])

@@ -865,7 +865,8 @@ class Mapped:
         self.path, self.offset, self.shape, self.dtype = path, offset, shape, np.dtype(np.uint8)
 
     def __getitem__(self, index) -> np.ndarray:
-        return np.memmap(self.path, np.uint8, "r", self.offset, self.shape)[index]
+        images = np.memmap(self.path, np.uint8, "r", self.offset, self.shape)
+        return np.array(images[index])  # a copy: a view would keep the file open
 
 
 class Folder(Data):
