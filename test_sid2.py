@@ -1562,7 +1562,7 @@ def test_an_npz_is_mapped_unless_it_is_compressed(tmp_path):
     for data in (mapped, loaded):
         assert np.array_equal(look_at(data, order)[0], images[order])
     assert look_at(mapped, order)[1].tolist() == [0, 0, 1] and mapped.classes == ["0", "1", "2"]
-    look_at(mapped, np.tile(order, 1000))  # more images at once than files may be open
+    assert mapped.images[0].base is None  # no view: it would keep the file open
     assert look_at(loaded, order)[1].tolist() == [0, 0, 0] and loaded.classes == []
 
 
