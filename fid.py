@@ -357,6 +357,9 @@ def main():
         samples.statistics = {}
     need = args.precision_recall or args.kid
     for source in sources:
+        if (need or args.save_stats) and source.count == 0:
+            raise InputError(f"{source.name} holds statistics alone: --kid, --precision-recall and "
+                             "--save-stats need images")
         if (need or args.save_stats or not source.statistics) and source.count < 4:
             raise InputError(f"{source.name} has {source.count} images: at least 4 are needed")
 

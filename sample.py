@@ -106,6 +106,8 @@ def configure(args: argparse.Namespace, config: sid2.Config) -> sid2.Config:
         raise InputError("--data: this run was trained without given frames")
     if config.frames > 1 and args.trajectory:
         raise InputError("--trajectory shows images, and this is a run of clips")
+    if config.frames == 1 and args.format == "animation":
+        raise InputError("--format animation shows clips, and this is a run of images")
     for flag, value in dict(steps=config.sample_steps, batch=args.batch).items():
         if value < 1:
             raise InputError(f"--{flag} must be at least 1, got {value}")

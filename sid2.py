@@ -52,13 +52,13 @@ class Config:
     image_size: int  # height = width of the images, in pixels
     patch_size: int  # the top feature map has (image_size / patch_size)² positions
     channels: tuple  # width of each level, top first; each level halves the feature map
-    blocks: str  # a letter for each level: R residual (convolutional), T transformer
+    blocks: str  # a letter per level: R residual (convolutions), T transformer; middle last
     depth: int = 3  # blocks per level on the way down, and again on the way up [SiD2*]
     middle: int = 16  # blocks of the last level, which is the middle [SiD2*]
     width: int = 1024  # of the conditioning vector [SiD2*]
     head_width: int = 128  # channels per attention head: 4 heads at 512 channels [ours]
     dropout: float = 0.1  # in transformer blocks only [SiD2*]
-    num_classes: int = 1000  # ImageNet [SiD2]; 0: unconditional; label num_classes: null class
+    num_classes: int = 1000  # 0: unconditional; label num_classes: null class; ImageNet's [SiD2]
     frames: int = 1  # of a clip, which are neighbours in the batch; 1: images [SiD2]
     given: int = 0  # frames that are given, the first of each clip; 0: images [SiD2]
     # noise process and loss
@@ -66,7 +66,7 @@ class Config:
     noise_high: int = 0  # the same at t = 0; 0 means the image size [SiD2*] [MCM]
     bias: float = 0.0  # b of the weighting sigmoid(b - logsnr), by resolution [SiD2*] [VDM++]
     # training
-    steps: int = 500_000  # [SD]
+    steps: int = 500_000  # of training [SD]
     batch: int = 2048  # images, or clips, per step, over all processes [SD]
     lr: float = 1e-4  # learning rate of Adam, constant after the warm-up [SD]
     warmup: int = 10_000  # steps in which the learning rate rises from 0 to lr [SD]
@@ -77,8 +77,8 @@ class Config:
     label_dropout: float = 0.1  # share of labels replaced by the null class [SD]
     flip: bool = True  # mirror half of the images [ours]
     # sampling
-    sampler: str = "ddpm"  # or "ddim" [SiD2*]
-    sample_steps: int = 512  # [SiD2*]
+    sampler: str = "ddpm"  # or ddim [SiD2*]
+    sample_steps: int = 512  # of the sampler [SiD2*]
     gamma: float = 0.2  # DDPM noise variance: 0 lower, 1 upper bound, in the log between [SD]
     guidance: float = 2.0  # scale inside the interval; 1 is no guidance [GI]
     interval: tuple = (-2.13, 2.55)  # of logsnr: noise 0.28 < sigma / alpha <= 2.90 [GI]

@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import struct
@@ -312,16 +314,18 @@ def parse() -> argparse.Namespace:
     add("--sample-every", type=int, default=1000, help="steps between pictures; 0: never")
     add("--save-every", type=int, default=1000, help="steps between checkpoints; 0: never")
     group = parser.add_argument_group("fields of sid2.Config; default: the preset's")
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(sid2.Config), re.M))
     for field in fields(sid2.Config):
         flag = f"--{field.name.replace('_', '-')}"
         value = getattr(sid2.PRESETS["shapes"], field.name)
+        note = comments[field.name]
         if isinstance(value, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=note)
         elif isinstance(value, tuple):
             number = "+" if field.name == "channels" else len(value)
-            group.add_argument(flag, type=type(value[0]), nargs=number)
+            group.add_argument(flag, type=type(value[0]), nargs=number, help=note)
         else:
-            group.add_argument(flag, type=type(value))
+            group.add_argument(flag, type=type(value), help=note)
     return parser.parse_args()
 
 
@@ -502,7 +506,9 @@ class Run:
         self.settings = asdict(config) | dict(
             data=data.name, images=len(data.labels), classes=self.classes, seed=args.seed,
             precision=precision, init_from=args.init_from)
-        check_settings(self.folder / "config.json", self.settings, free=("steps", "data"))
+        file = self.folder / "config.json"
+        if (self.folder / "checkpoint.pt").exists() or not file.is_file():  # else it begins anew
+            check_settings(file, self.settings, free=("steps", "data"))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -648,8 +654,7 @@ class Run:
     def finish(self):
         if self.rank == 0:
             print(f"{self.done} of {self.config.steps} steps done in {self.seconds / 60:.1f} "
-                  f"minutes; pictures in {self.folder / 'samples'}, more with `python sample.py "
-                  f"{self.folder}`")
+                  f"minutes; `python sample.py {self.folder}` draws samples")
             if self.done < self.config.steps:
                 print("stopped by a signal: the same command goes on")
 
@@ -677,7 +682,8 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
     size = max(1, math.ceil(len(seeds) / batches))
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} samples [{elapsed}<{remaining}]"
     with tqdm(total=len(seeds) * config.sample_steps, unit_scale=1 / config.sample_steps,
-              bar_format=form, leave=None, disable=hide_bar) as bar:  # leave: if no other is open
+              bar_format=form, disable=hide_bar or not seeds,
+              leave=None) as bar:  # it stays unless it stands below another
 
         def watched(*inputs):
             bar.update(len(part))
@@ -786,8 +792,8 @@ def open_data(name: str, size: int, seed: int, skip_bad: bool = False, frames: i
     if path.is_file() and path.suffix == ".npz":
         return open_labelled_npz(path, size, frames)
     hint = VIDEO_HINT if path.suffix.lower() in VIDEO_SUFFIXES else ""
-    raise InputError(f"--data {name}: neither shapes, cifar10 (images only), a folder nor an .npz "
-                     f"file{hint}")
+    raise InputError(f"--data {name} cannot be opened: give shapes, cifar10 (images only), a "
+                     f"folder or an .npz file that exists{hint}")
 
 
 class Shapes(Data):
@@ -890,7 +896,7 @@ class Folder(Data):
                 source = files[0] if files[0] == files[-1] else files[0].parent
                 said = f"{source} cannot be read ({error})"
             if not self.skip_bad:
-                raise LocalError(f"{said}: repair or remove it; train.py --skip-bad takes the next")
+                raise LocalError(f"{said}: repair or remove it; train.py goes on with --skip-bad")
             print(f"warning: {said}: the next one is taken", file=sys.stderr)
         raise LocalError(f"nothing in {self.name} can be read")
 
