@@ -36,9 +36,10 @@ def main():
     labels = choose_labels(seeds, classes, config.num_classes, data)
     rank, world, device = setup(args.device)
     precision = choose_precision(device, args.precision)
+    # seconds tell apart two trainings that ended at the same step
     settings = dict(step=state["step"], seconds=state["seconds"], weights=args.weights,
                     classes=classes, precision=precision, config=asdict(config),
-                    data=data.name if data else None)  # seconds: another training to this step
+                    data=data.name if data else None)
     folder = open_samples(args, settings, rank)
 
     net = sid2.ResidualUViT(config).to(device).eval()
@@ -144,8 +145,7 @@ def choose_classes(args: argparse.Namespace, names: list[str], num_classes: int)
 
 
 def open_given(args: argparse.Namespace, config: sid2.Config, state: dict) -> Data:
-    """Clips whose first frames are given. Moving shapes are drawn from a seed above those of runs.
-    """
+    """Clips whose first frames are given. Shapes are drawn from a seed above those of runs."""
     name = args.data or state["data"]
     data = open_data(name, config.image_size, seed=2**32, frames=config.frames)
     if config.num_classes and data.classes != state["classes"]:
