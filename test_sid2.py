@@ -2009,7 +2009,7 @@ def test_the_readme_runs_as_it_stands(tmp_path):
     assert len(commands) > 9
     for name, command in commands:
         assert set(re.findall(r"--[a-z][a-z-]+", command)) <= flags[name], command
-    launcher = {"--nnodes", "--nproc", "--rdzv-backend", "--rdzv-endpoint", "--signal"}
+    launcher = {"--nnodes", "--nproc", "--rdzv-backend", "--rdzv-endpoint"}
     assert set(re.findall(r"--[a-z][a-z-]+", readme)) <= launcher.union(*flags.values())
 
 
