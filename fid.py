@@ -5,7 +5,7 @@
 
 `torchrun --nproc_per_node=8 fid.py ...` shares out the images and gives the same numbers.
 
-    f, s, p = Inception(image)    2,048 pooled features, 2,023 spatial ones, 1,008 probabilities
+    f, s, log p = Inception(image)    2,048 pooled features, 2,023 spatial ones, 1,008 classes
     FID  = |mu_1 - mu_2|² + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^½)     mu, S: mean, covariance of f
     sFID = the same of s
     IS   = exp(mean of KL(p of an image | mean of p)), averaged over splits of 5,000 samples
@@ -58,8 +58,9 @@ class Conv(nn.Sequential):
 
 
 class Mixed(nn.Module):
-    """Torchvision's InceptionA to E on c channels; m: channels that differ within a kind. Branches
-    side by side, each a chain of Conv's arguments; a list of kernels forks into a and b."""
+    """Torchvision's InceptionA to E on c channels; m: the width that differs within a kind. Each
+    branch is a chain of Conv's arguments after c_in; a list of kernels makes two Convs, a and b,
+    on the same input."""
 
     def __init__(self, kind: str, c: int, m: int = 0, pool=nn.AvgPool2d(3, 1, 1, False, False)):
         super().__init__()  # (!) the last False: torchvision's mean counts the padding
@@ -77,9 +78,11 @@ class Mixed(nn.Module):
                    branch_pool=[]),
             E=dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, cross)],
                    branch3x3dbl=[(448, 1), (384, 3), (384, cross)], branch_pool=[(192, 1)]))[kind]
-        pool, self.branches = nn.MaxPool2d(3, 2) if kind in "BD" else pool, []
+        pool = nn.MaxPool2d(3, 2) if kind in "BD" else pool
+        self.branches = []  # plain lists: add_module registers the layers, by torchvision's names
         for branch, convs in branches.items():
-            steps, c_in = [[pool]] if branch == "branch_pool" else [], c
+            steps = [[pool]] if branch == "branch_pool" else []
+            c_in = c
             for i, (c_out, kernel, *more) in enumerate(convs, 1):
                 name = f"{branch}_{i}" if len(convs) > 1 else branch
                 fork = zip("ab", kernel) if isinstance(kernel, list) else [("", kernel)]
@@ -170,7 +173,7 @@ def resize(x: Tensor, size: int = 299) -> Tensor:
 
 
 def mean_covariance(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Of features f, from Σ (f, 1)(f, 1)ᵀ in float64. Trap: float32 sums cost 6e-5 of the trace."""
+    """Of features, from Σ (f, 1)(f, 1)ᵀ in float64. Trap: float32 sums cost 6e-5 of the trace."""
     n, mu = total[-1, -1], total[-1, :-1] / total[-1, -1]
     return mu.cpu(), ((total[:-1, :-1] - n * torch.outer(mu, mu)) / (n - 1)).cpu()
 
@@ -184,8 +187,9 @@ def inception_score(total: Tensor) -> float:
 def frechet(mu_1: Tensor, sigma_1: Tensor, mu_2: Tensor, sigma_2: Tensor) -> float:
     """|mu_1 - mu_2|² + tr(S_1) + tr(S_2) - 2 tr((S_1 S_2)^½), float64 [TTUR].
 
-    S_1 S_2 has the eigenvalues of Rᵀ S_2 R, R Rᵀ = S_1, which is symmetric: no complex numbers, and
-    singular covariances (fewer images than features) cost 2e-6 at most.
+    S is sigma here. With R Rᵀ = S_1, the product S_1 S_2 has the eigenvalues of Rᵀ S_2 R, which is
+    symmetric: no complex numbers, and singular covariances (fewer images than features) cost 2e-6
+    at most.
     """
     l, U = torch.linalg.eigh(sigma_1)
     R = U * l.clamp(min=0).sqrt()
@@ -368,7 +372,7 @@ def main():
         if need or not source.statistics:
             keep = 0 if not need else source.count if source is samples else 10_000  # [ADM]
             measured = measure(source, net, device, args.batch, keep)
-            if source.statistics:  # of a file, they hold: ADM's are of the whole training set
+            if source.statistics:  # the file's own are kept: ADM's are of the whole set
                 measured = dict(features=measured["features"])
             source.statistics |= measured
     if rank == 0:

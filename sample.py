@@ -31,7 +31,8 @@ def main():
     args = parse()
     state = load_checkpoint(args.run)
     config, names = configure(args, state["config"]), state["classes"]
-    seeds, classes = choose_seeds(args, config), choose_classes(args, names, config.num_classes)
+    classes = choose_classes(args, names, config.num_classes)
+    seeds = choose_seeds(args, classes)
     data = open_given(args, config, state) if config.given else None
     labels = choose_labels(seeds, classes, config.num_classes, data)
     rank, world, device = setup(args.device)
@@ -74,8 +75,8 @@ def parse() -> argparse.Namespace:
     add("--data", help="clips whose first frames are given, to a run of clips; default: its own")
     add("--trajectory", action="store_true", help="instead: z and x_hat at eight noise levels")
     number = parser.add_mutually_exclusive_group()
-    number.add_argument("--count", type=int, help="seeds 0 to COUNT - 1; default: 8 for each class "
-                        "shown, with --trajectory 3")
+    number.add_argument("--count", type=int, help="seeds 0 to COUNT - 1; default: 8 for each "
+                        "class, 80 at most; with --trajectory 3")
     number.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "LAST"), help="inclusive")
     add("--classes", nargs="+", help="names or numbers, taken in turn; all; random; default: for "
         "an npz all, else up to ten spread over all")
@@ -116,8 +117,8 @@ def configure(args: argparse.Namespace, config: sid2.Config) -> sid2.Config:
     return config
 
 
-def choose_seeds(args: argparse.Namespace, config: sid2.Config) -> list[int]:
-    default = 3 if args.trajectory else 8 * len(shown_classes(config.num_classes))
+def choose_seeds(args: argparse.Namespace, classes: list) -> list[int]:
+    default = 3 if args.trajectory else 8 * min(10, len(classes))
     count = default if args.count is None else args.count
     first, last = args.seeds or (0, count - 1)
     if not 0 <= first <= last < 2**32:  # torch's CPU generator keeps 32 bits of a seed

@@ -4,13 +4,13 @@
     z    = alpha x + sigma eps       alpha² = sigmoid(logsnr), sigma² = sigmoid(-logsnr)
     v    = alpha eps - sigma x       v_hat = network(z, logsnr, y), x_hat = alpha z - sigma v_hat
     loss = E_t ½ (-dlogsnr/dt) sigmoid(bias - logsnr) |eps - eps_hat|²
-    h    = high + up(h - low)        the network's only skip: what the level below has changed
+    h    = high + up(h - low)        each level's only skip: adds what the level below has changed
     z_s  = r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x_hat + noise,  r = exp(logsnr_t - logsnr_s)
 
 The names in these lines are explained where they are defined. Two calls are the recipe:
-`training_loss(net, config, x, y, t, eps)` and `sample(net, config, seeds, y)`. The alphabet, here
-and in the scripts: x clean image (B, 3, H, W) in [-1, 1]; z noisy image; eps noise; v what the
-network predicts; _hat an estimate; t > s times in [0, 1]; logsnr in nats; y class label (B,);
+`training_loss(net, config, x, y, t, eps)` and `sample(net, config, seeds, y)`. The alphabet:
+x clean image (B, 3, H, W) in [-1, 1]; z noisy image; eps noise; v what the network predicts; _hat
+an estimate; t > s times in [0, 1]; logsnr = log(alpha² / sigma²), in nats; y class label (B,);
 h features (B, H, W, C); c conditioning vector (B, width). B counts frames: a clip is
 config.frames neighbours in the batch, and an image is a clip of one frame.
 
@@ -58,12 +58,12 @@ class Config:
     width: int = 1024  # of the conditioning vector [SiD2*]
     head_width: int = 128  # channels per attention head: 4 heads at 512 channels [ours]
     dropout: float = 0.1  # in transformer blocks only [SiD2*]
-    num_classes: int = 1000  # 0: unconditional; label num_classes: null class; ImageNet's [SiD2]
+    num_classes: int = 1000  # 0: unconditional; the null class is label num_classes [SiD2]
     frames: int = 1  # of a clip, which are neighbours in the batch; 1: images [SiD2]
-    given: int = 0  # frames that are given, the first of each clip; 0: images [SiD2]
+    given: int = 0  # how many first frames of each clip are given, not generated [SiD2]
     # noise process and loss
-    noise_low: int = 32  # at t = 1 as noisy as this many pixels would be, unshifted [SiD2*]
-    noise_high: int = 0  # the same at t = 0; 0 means the image size [SiD2*] [MCM]
+    noise_low: int = 32  # shifts logsnr by 2 log(noise_low / image_size) at t = 1 [SiD2*]
+    noise_high: int = 0  # the same at t = 0; 0 means the image size: no shift [SiD2*] [MCM]
     bias: float = 0.0  # b of the weighting sigmoid(b - logsnr), by resolution [SiD2*] [VDM++]
     # training
     steps: int = 500_000  # of training [SD]
@@ -72,14 +72,14 @@ class Config:
     warmup: int = 10_000  # steps in which the learning rate rises from 0 to lr [SD]
     betas: tuple = (0.9, 0.99)  # Adam's two decay rates [SD]
     adam_eps: float = 1e-12  # Adam's epsilon [SD]
-    clip: float = 1.0  # largest norm of the gradient, over all parameters [SD]
+    clip: float = 1.0  # gradient clipping: the largest norm, over all parameters [SD]
     ema: float = 0.9999  # decay of the averaged weights [SD]
     label_dropout: float = 0.1  # share of labels replaced by the null class [SD]
     flip: bool = True  # mirror half of the images [ours]
     # sampling
     sampler: str = "ddpm"  # or ddim [SiD2*]
     sample_steps: int = 512  # of the sampler [SiD2*]
-    gamma: float = 0.2  # DDPM noise variance: 0 lower, 1 upper bound, in the log between [SD]
+    gamma: float = 0.2  # DDPM noise variance: 0 lower bound, 1 upper, log-linear between [SD]
     guidance: float = 2.0  # scale inside the interval; 1 is no guidance [GI]
     interval: tuple = (-2.13, 2.55)  # of logsnr: noise 0.28 < sigma / alpha <= 2.90 [GI]
 
@@ -190,7 +190,7 @@ def sigmoid_loss(v_hat: Tensor, v: Tensor, logsnr: Tensor, slope: Tensor, bias: 
 
         ½ (-dlogsnr/dt) sigmoid(bias - logsnr) |eps - eps_hat|²
 
-    We read this weight ourselves in [UL]. The network's error is in v: eps - eps_hat =
+    [UL], read at first hand, has the same weight. The network's error is in v: eps - eps_hat =
     alpha (v - v_hat), hence alpha² = sigmoid(logsnr) in the code. The loss is a mean over pixels
     and channels, in nats per dimension: with 1 in place of sigmoid(bias - logsnr) it is the
     diffusion part of the variational bound. Because of -dlogsnr/dt its mean over t depends on the
@@ -204,17 +204,18 @@ def sigmoid_loss(v_hat: Tensor, v: Tensor, logsnr: Tensor, slope: Tensor, bias: 
 
 
 def given_frames(net, x: Tensor, frames: int, given: int):
-    """net, for clips x (B, 3, H, W) of `frames` frames, of which the first `given` are given.
+    """Wraps net for clips x (B, 3, H, W) of `frames` frames, of which the first `given` are given.
 
-    There net sees x itself, at logsnr 20, the clean end of what `Condition` maps. The answer there
-    is the exact v of that frame, so its loss is 0 and its sample is x. Training and sampling both
-    wrap net in this [DFoT]. Trap: to give these frames the noise of the others, and put them back
-    after each step ("replacement"), samples another distribution: FVD 95.5 instead of 4.8 [DFoT].
+    At given frames net sees x itself, at logsnr 20, the clean end of what `Condition` maps. Its
+    answer there is replaced by the exact v, so their loss is 0 and their sample is x. Training and
+    sampling both wrap net in this [DFoT]. Trap: to give these frames the noise of the others, and
+    put them back after each step ("replacement"), samples another distribution: FVD 95.5 instead
+    of 4.8 [DFoT].
     """
     first = torch.arange(len(x), device=x.device) % frames < given
 
     def net_given(z: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
-        passes = len(z) // len(x)  # 2 where guided
+        passes = len(z) // len(x)  # 2 at guided steps, which stack two copies of z
         known, clean = first.repeat(passes), x.repeat(passes, 1, 1, 1)
         alpha, sigma = alpha_sigma(logsnr)
         here = known[:, None, None, None]
@@ -225,9 +226,9 @@ def given_frames(net, x: Tensor, frames: int, given: int):
 
 
 def training_loss(net, config: Config, x: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """The loss of each image, (B,), at times t (B,) with noise eps (B, 3, H, W); backpropagate its
-    mean. net(z, logsnr, y) -> v_hat may be any callable. In y the share config.label_dropout is
-    the null class, config.num_classes, already. The loss of given frames is 0."""
+    """The loss of each image, (B,), at times t (B,) with noise eps (B, 3, H, W): 0 at given frames.
+    Backpropagate its mean over the others. net(z, logsnr, y) -> v_hat may be any callable. The
+    caller has set a share config.label_dropout of y to the null class, config.num_classes."""
     if config.given:
         net = given_frames(net, x, config.frames, config.given)
     logsnr, slope = schedule(t, config.image_size, config.noise_low, config.noise_high)
@@ -240,7 +241,7 @@ def training_loss(net, config: Config, x: Tensor, y: Tensor, t: Tensor, eps: Ten
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """The last layer of a residual branch starts at zero, so a fresh block is the identity."""
+    """Sets a layer to zero. The last one of each branch starts so: a new block is the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -338,7 +339,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """From the level below: 1x1 projection, nearest x2 [MCM]. Trap: no bias, or up(0) is not 0."""
+    """From the level below: 1x1 projection, nearest x2 [MCM]. Trap: with a bias up(0) is not 0."""
 
     def __init__(self, channels: int, channels_below: int):
         super().__init__()
@@ -400,12 +401,12 @@ class ResidualUViT(nn.Module):
         self.condition = Condition(config.width, config.num_classes)
         self.embed = nn.Linear(3 * config.patch_size**2, channels[0])
         if self.first_transformer_level >= 0:
-            side = config.image_size // config.patch_size >> self.first_transformer_level
-            width = channels[self.first_transformer_level]
+            side = (config.image_size // config.patch_size) >> self.first_transformer_level
+            C = channels[self.first_transformer_level]
             std = 0.01 if config.frames == 1 else 1.0  # [SD], clips [ours]: see add_position
-            self.position = nn.Parameter(std * torch.randn(side, side, width))
+            self.position = nn.Parameter(std * torch.randn(side, side, C))
             if config.frames > 1:
-                self.frame_position = nn.Parameter(std * torch.randn(config.frames, 1, 1, width))
+                self.frame_position = nn.Parameter(std * torch.randn(config.frames, 1, 1, C))
         self.blocks_down = nn.ModuleList(make_blocks(i, config.depth) for i in above)
         self.down = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in above)
         self.middle = make_blocks(-1, config.middle)
@@ -416,9 +417,10 @@ class ResidualUViT(nn.Module):
 
     def add_position(self, h: Tensor, level: int) -> Tensor:
         """Adds the learned positions at the level where transformers begin. This happens before
-        `low` is taken, so that h - low stays 0 in a fresh network [ours]. A clip's frames have
-        positions of their own, and all start large [ours]. With only one of the two, attention did
-        not find the same place in other frames in 578 to 645 steps (`moving` at rest, seed 0)."""
+        `low` is taken, so that h - low stays 0 in a fresh network [ours]. In clips each frame has a
+        position too, and all positions start large [ours]: with only one of these two, attention
+        had not found the same place in other frames after 578 to 645 steps (`moving` with shapes at
+        rest, seed 0)."""
         if level == self.first_transformer_level:
             h = h + self.position.to(h.dtype)
             if self.frames > 1:
@@ -434,7 +436,7 @@ class ResidualUViT(nn.Module):
         return h
 
     def trunk(self, h: Tensor, c: Tensor, level: int = 0) -> Tensor:
-        """All between patch embedding and head; at initialisation the identity, bit for bit."""
+        """From `level` down to the middle and back; at initialisation the identity, bit for bit."""
         if level == len(self.down):
             return self.apply_blocks(level, self.middle, h, c)
         high = self.apply_blocks(level, self.blocks_down[level], h, c)
@@ -463,7 +465,7 @@ def ddpm_step(z: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor, gamm
         variance = (1 - r) sigma_s^(2 - 2 gamma) sigma_t^(2 gamma)
 
     gamma = 0 is exact when the data are one point, gamma = 1 when they are standard normal. Trap:
-    1 - r by expm1; else a step of 1e-4 nats keeps four digits of its noise variance.
+    without expm1, rounding changes 1 - r by up to 0.03 % at a step of 1e-4 nats.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
     r = torch.exp(logsnr_t - logsnr_s)[..., None, None, None]
@@ -480,23 +482,23 @@ def ddim_step(z: Tensor, x_hat: Tensor, logsnr_t: Tensor, logsnr_s: Tensor) -> T
 
 def sampling_grid(config: Config) -> tuple[Tensor, list[bool]]:
     """logsnr (S,) at the times 1, 1 - 1/S, ..., 1/S of the S steps [SD]; and which of them are
-    guided: those where interval[0] <= logsnr < interval[1] [GI], if there are classes."""
+    guided: where interval[0] <= logsnr < interval[1] [GI]; none without classes or at scale 1."""
     t = torch.arange(config.sample_steps, 0, -1) / config.sample_steps
     logsnr, _ = schedule(t, config.image_size, config.noise_low, config.noise_high)
     low, high = config.interval
-    acts = config.num_classes > 0 and config.guidance != 1
-    return logsnr, [acts and low <= value < high for value in logsnr.tolist()]
+    can_guide = config.num_classes > 0 and config.guidance != 1
+    return logsnr, [can_guide and low <= value < high for value in logsnr.tolist()]
 
 
 @torch.no_grad()
 def sample_steps(net, config: Config, seeds: list[int], y: Tensor, x: Tensor | None = None):
-    """Yields (z, x_hat) at every step; x_hat is clipped to [-1, 1], and the last is the sample.
+    """Yields (z, x_hat) at each of S steps; x_hat is clipped to [-1, 1]; the last is the sample.
 
     net(z, logsnr, y) -> v_hat; y: (B,) labels on the device to use; x (B, 3, H, W): the clips whose
     first frames are given, if config.given. All noise of image i, or of clip i, comes from
     seeds[i], so neither its batch nor the number of processes matters. Guidance is x_null +
-    guidance (x_y - x_null). Steps without it pay the conditional pass alone: S (1 + f) passes if
-    the fraction f of S steps is guided.
+    guidance (x_y - x_null). Steps without it skip the pass of the null class: S (1 + f) passes in
+    all, if the fraction f of the steps is guided.
     """
     if config.sampler not in ("ddpm", "ddim"):
         raise ValueError(f"sampler must be ddpm or ddim, got {config.sampler}")
@@ -555,7 +557,7 @@ def ema_update(average: nn.Module, net: nn.Module, updates: int, decay: float):
 # --------------------------------------------------------------------------------------------------
 # 7. `python sid2.py`: the table of presets
 
-PUBLISHED = {  # GMAC and FID as later papers quote the paper's tables [SiD2*]; parameters, M [MCM]
+PUBLISHED = {  # GMAC, M parameters [MCM], FID: the paper's, as later papers quote them [SiD2*]
     "imagenet64":     (108.5, 394, "-"),  # [MCM]
     "imagenet128":    (137,   397, "-"),
     "imagenet256_p2": (137,   397, "1.73"),

@@ -1229,15 +1229,16 @@ def test_a_run_leaves_a_checkpoint_its_settings_a_log_and_pictures(finished):
     assert state["step"] == 7 and state["skipped"] == 0 and state["classes"] == ["a", "b", "c"]
     printed = (finished.parent / "printed").read_text()
     for said in ("9 images, 3 classes", "M parameters", "GMAC", "1 x cpu, fp32",
-                 "a new run", "7 of 7 steps done"):
+                 "a new run", "7 of 7 steps done", f"sample.py {finished}"):
         assert said in printed
 
 
 def test_the_log_has_a_row_where_it_is_due_and_before_each_checkpoint_and_picture(
         tmp_path, folder, finished):
     """Its loss is the mean since the row before. With 0, neither checkpoint nor picture is made."""
-    fit(tmp_path, "--data", folder, "--log-every", 1, "--save-every", 0, "--sample-every", 0,
-        steps=7, warmup=4)
+    _, printed = fit(tmp_path, "--data", folder, "--log-every", 1, "--save-every", 0,
+                     "--sample-every", 0, steps=7, warmup=4)
+    assert "sample.py" not in printed  # there is nothing to sample from
     assert {path.name for path in tmp_path.rglob("*")} == {"config.json", "log.csv", "samples"}
     each, rows = log_of(tmp_path), log_of(finished, slice(1, None))
     assert list(rows) == [3, 4, 5, 6, 7]
@@ -1489,6 +1490,14 @@ def test_links_are_followed_once_and_hidden_files_are_left_out(tmp_path, folder)
     assert np.bincount(data.labels).tolist() == [3, 2, 2]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_the_highest_label_of_an_npz_says_how_many_classes_there_are(tmp_path, dtype):
+    """Also where one more does not fit into the type of the labels."""
+    images = np.zeros((256, 8, 8, 3), np.uint8)
+    file = npz(tmp_path / "many.npz", arr_0=images, arr_1=np.arange(256, dtype=dtype))
+    assert len(train.open_data(str(file), 8, seed=0).classes) == 256
+
+
 def test_an_epoch_has_every_image_once_half_of_them_mirrored_and_a_tenth_without_label(
         tmp_path, folder):
     """Each epoch in a new order, and no noise comes twice. A data set that is pickled, as for a
@@ -1650,6 +1659,8 @@ def test_every_flag_of_sample_reaches_the_sampler(finished, tmp_path):
     assert paths[0].endswith("run/samples-0000007-precision-fp32.png")
     assert paths[8].endswith("run/samples-0000007-classes-2-0-precision-fp32.png")
     assert len({Path(path).read_bytes() for path in paths}) == len(set(paths)) == len(flags)
+    make_samples(run_folder, "--classes", "c", "a", "--out", tmp_path / "two")
+    assert len(list((tmp_path / "two").glob("*.png"))) == 16  # 8 of each class
 
 
 def test_a_trajectory_ends_in_the_sample(finished, tmp_path):
@@ -1723,6 +1734,21 @@ def test_a_clip_of_mixed_sizes_or_with_a_broken_frame_is_named_or_left_out(tmp_p
     good, _ = data.clips(np.array([2]), 0.0, 2)
     assert np.array_equal(data.clips(np.arange(2), 0.0, 2)[0], np.concatenate([good, good]))
     assert capsys.readouterr().err.count("warning") == 3
+
+
+def test_the_first_readable_file_of_a_folder_says_whether_it_holds_frames(tmp_path):
+    put(tmp_path, "a/1.png", "a/2.png", "b/1.png", "b/2.png")
+    (tmp_path / "a/1.png").write_text("no image")
+    with pytest.raises(train.InputError, match="a/1.png cannot be read .*--skip-bad"):
+        train.open_data(str(tmp_path), 8, 0, frames=2)
+    data = train.open_data(str(tmp_path), 8, 0, skip_bad=True, frames=2)
+    assert data.classes == [] and data.lengths.tolist() == [2, 2]
+    first, second = (data.clips(np.array([i]), 0.0, 2)[0] for i in (0, 1))
+    assert np.array_equal(first, second)  # the first clip is broken: the next takes its place
+    for name in ("a/2.png", "b/1.png", "b/2.png"):
+        (tmp_path / name).write_text("no image")
+    with pytest.raises(train.InputError, match="nothing in .* can be read"):
+        train.open_data(str(tmp_path), 8, 0, skip_bad=True, frames=2)
 
 
 def test_a_clip_moves_straight_on_and_bounces_off_the_edges():
@@ -1845,6 +1871,7 @@ train --step 1                             | unrecognized arguments: --step
 train --log-every 0                        | log_every must be at least 1
 train --workers -1                         | workers must not be negative
 train --bias nan                           | bias must be finite
+train --seed 4294967296                    | seed must be at least 0 and below 2\^32
 train --betas 0.9 1                        | betas must lie in \[0, 1\)
 train --width 15                           | width must be even
 train --interval 2 1                       | interval .*lower

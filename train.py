@@ -31,7 +31,7 @@ from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-# Inductor 2.10 to 2.13 may lose gradients of scale and offset with it (pytorch issue 193061)
+# With this on, Inductor 2.10 to 2.13 may lose gradients of scale and offset (pytorch issue 193061)
 os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 
 import numpy as np
@@ -76,7 +76,7 @@ def main():
 
     with run.progress(loader, start) as bar:
         for step, batch in enumerate(bar, start):
-            torch.manual_seed(args.seed + 1_000_003 * step + rank)  # of dropout
+            torch.manual_seed(args.seed + 1_000_003 * step + rank)  # draws of dropout
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             loss = torch.zeros((), device=device)
             for k in range(0, local, micro):
@@ -84,14 +84,14 @@ def main():
                 x, y, t = (w.to(device, non_blocking=w.is_pinned()).flatten(0, 1) for w in tensors)
                 x = from_uint8(x)
                 eps = noise(seeds.tolist(), x, generator)
-                model.require_backward_grad_sync = k + micro == local  # DDP: with the last part
+                model.require_backward_grad_sync = k + micro == local  # DDP averages once a step
                 with autocast:
                     share = sid2.training_loss(model, config, x, y, t, eps).sum() / counted
                 share.backward()
                 loss += share.detach()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
-            optimizer.found_inf = 1 - norm.isfinite().float()  # where 1, fused Adam changes nothing
-            if device.type == "mps" and optimizer.found_inf:  # whose fused Adam does not look at it
+            optimizer.found_inf = 1 - norm.isfinite().float()  # 1: fused Adam skips the step
+            if device.type == "mps" and optimizer.found_inf:  # MPS's fused Adam ignores it
                 optimizer.zero_grad()
             optimizer.step()
             optimizer.zero_grad()
@@ -121,14 +121,14 @@ class Batches(Dataset):
 
     def __init__(self, data, config: sid2.Config, seed: int, first: int, count: int):
         self.data, self.config, self.seed = data, config, seed
-        self.place = np.arange(first, first + count)  # of the share in the batch
+        self.place = np.arange(first, first + count)  # of this process's share in the whole batch
         self.epoch, self.order = None, None
 
     def __len__(self) -> int:
         return self.config.steps
 
     def clip_of(self, number: int) -> int:
-        """Place in the data of the run's `number`-th clip: each epoch has all, in a new order."""
+        """Index in the data of the run's clip `number`; each epoch visits all, in a new order."""
         epoch, place = divmod(number, len(self.data.labels))
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, 1, epoch])
@@ -142,21 +142,21 @@ class Batches(Dataset):
             return error
 
     def make(self, step: int) -> tuple[torch.Tensor, ...]:
-        c, place = self.config, self.place
+        config, place = self.config, self.place
         rng = np.random.default_rng([self.seed, 0, step])
         start = rng.random()
-        flip = rng.random(c.batch)[place] < 0.5 * c.flip
-        drop = rng.random(c.batch)[place] < c.label_dropout
-        window = rng.random(c.batch)[place]  # where it begins: 0 as early, 1 as late as it can
-        numbers = step * c.batch + place  # of the clips, counted over the run
+        flip = rng.random(config.batch)[place] < 0.5 * config.flip
+        drop = rng.random(config.batch)[place] < config.label_dropout
+        window = rng.random(config.batch)[place]  # where in its clip it begins: see Data.clips
+        numbers = step * config.batch + place  # of the clips, counted over the run
         clips = np.array([self.clip_of(number) for number in numbers])
-        images, labels = self.data.clips(clips, window, c.frames)
+        images, labels = self.data.clips(clips, window, config.frames)
         images = np.where(flip[:, None, None, None, None], images[..., ::-1, :], images)
-        y = np.where(drop | (c.num_classes == 0), c.num_classes, labels)
-        t = sid2.low_discrepancy_times(torch.from_numpy(place), c.batch, start)
-        # seeds of the noise: one follows the other, far away from those of another run
+        y = np.where(drop | (config.num_classes == 0), config.num_classes, labels)
+        t = sid2.low_discrepancy_times(torch.from_numpy(place), config.batch, start)
+        # noise seeds: consecutive in a run; Knuth's multiplier sets nearby --seeds far apart
         seeds = ((self.seed + 1) * 2654435761 % 2**32 + numbers) % 2**32
-        y, t = (each[:, None].repeat(1, c.frames) for each in (torch.from_numpy(y), t))
+        y, t = (each[:, None].repeat(1, config.frames) for each in (torch.from_numpy(y), t))
         return torch.from_numpy(images), y, t, torch.from_numpy(seeds)
 
 
@@ -224,8 +224,8 @@ def guarded(main):
 
 
 def end_loaders():
-    """Kills the loader processes that an error has left. They do not hear SIGTERM, by which Python
-    would end them, and it would wait for ever."""
+    """Kills the loader processes that an error has left. They ignore SIGTERM, which Python sends at
+    exit before it waits for them; it would wait for ever."""
     if loaders := multiprocessing.active_children():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
         for loader in loaders:
@@ -250,14 +250,14 @@ def setup(name: str) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means float32, in convolutions too
         torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ:  # gloo is for what CPUs agree on; some may wait for a long picture
+    if "RANK" in os.environ:  # gloo: for agree(); 2 hours: all wait while the first draws
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     return rank, world, device
 
 
 def agree(flag: bool = False) -> bool:
-    """Whether any process says so. All wait here for the last."""
+    """True if `flag` is true in any process. No process returns before all have called."""
     if not dist.is_initialized():
         return flag
     flags = torch.tensor(float(flag))
@@ -314,6 +314,7 @@ def parse() -> argparse.Namespace:
     add("--sample-every", type=int, default=1000, help="steps between pictures; 0: never")
     add("--save-every", type=int, default=1000, help="steps between checkpoints; 0: never")
     group = parser.add_argument_group("fields of sid2.Config; default: the preset's")
+    # the comment beside each field of sid2.Config is the help of its flag
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(sid2.Config), re.M))
     for field in fields(sid2.Config):
         flag = f"--{field.name.replace('_', '-')}"
@@ -362,8 +363,9 @@ def check(config: sid2.Config, **flags):
     rules = [
         ("patch_size head_width frames noise_low steps batch sample_steps log_every micro_batch",
          "must be at least 1", lambda n: n >= 1),
-        ("depth middle num_classes noise_high lr warmup adam_eps clip seed sample_every save_every "
+        ("depth middle num_classes noise_high lr warmup adam_eps clip sample_every save_every "
          "workers", "must not be negative", lambda n: n >= 0),
+        ("seed", "must be at least 0 and below 2^32", lambda n: 0 <= n < 2**32),
         ("dropout ema label_dropout gamma", "must lie in [0, 1]", lambda n: 0 <= n <= 1),
         ("bias guidance", "must be finite", math.isfinite),
         ("given", f"must be at least 0 and below frames, {config.frames}",
@@ -424,8 +426,8 @@ def write_json(path: Path, value):
 
 
 def check_settings(file: Path, settings: dict, free: tuple = ()):
-    """Whether what these settings make may be written beside `file`: its folder is new or empty, or
-    `file` holds the same settings, but for those that are free."""
+    """Raises InputError unless the folder of `file` is new or empty, or `file` holds the same
+    settings; those named in `free` may differ."""
     if not file.is_file():
         folder = file.parent
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -460,7 +462,7 @@ def load_checkpoint(path: str | Path) -> dict:
         state["config"] = sid2.Config(**state["config"])
         with torch.device("meta"):
             net = sid2.ResidualUViT(state["config"])
-        for name in ("net", "ema"):  # with assign=True torch marks the dict that it gets: a copy
+        for name in ("net", "ema"):  # do they fit? dict(): assign=True marks what it gets
             net.load_state_dict(dict(state[name]), assign=True)
         return {key: state[key] for key in ("config", "classes", "data", "step", "seconds",
                                             "skipped", "net", "ema", "optimizer")}
@@ -526,7 +528,7 @@ class Run:
         elif self.args.init_from:
             said = init_from(self.args.init_from, net)
             ema.load_state_dict(net.state_dict())
-        if agree(self.done > 0) and agree(self.done == 0):  # else one would start anew
+        if agree(self.done > 0) and agree(self.done == 0):  # some see it, some do not
             raise InputError(f"not all processes see the checkpoint in {self.folder}: it must be "
                              "on a disk that all share")
         if self.rank == 0:
@@ -653,8 +655,10 @@ class Run:
 
     def finish(self):
         if self.rank == 0:
-            print(f"{self.done} of {self.config.steps} steps done in {self.seconds / 60:.1f} "
-                  f"minutes; `python sample.py {self.folder}` draws samples")
+            minutes = self.seconds / 60
+            print(f"{self.done} of {self.config.steps} steps done in {minutes:.1f} minutes")
+            if (self.folder / "checkpoint.pt").exists():
+                print(f"`python sample.py {self.folder}` draws samples")
             if self.done < self.config.steps:
                 print("stopped by a signal: the same command goes on")
 
@@ -675,15 +679,15 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int], device,
                   batch: int, data=None, hide_bar: bool = False):
-    """Yields seeds and their images (B, frames, H, W, 3) uint8, in batches of one size: the last is
-    filled up, as a compiled network would be compiled again for a smaller one. data: where
-    seed i finds its given frames, if there are any: at the start of clip i."""
+    """Yields seeds and their images (B, frames, H, W, 3) uint8. All batches have one size: the last
+    is filled up, as a compiled network would be compiled again for a smaller one. data: clips whose
+    first frames are given; seed i takes clip i, modulo their number."""
     batches = max(1, math.ceil(len(seeds) / batch))
     size = max(1, math.ceil(len(seeds) / batches))
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} samples [{elapsed}<{remaining}]"
     with tqdm(total=len(seeds) * config.sample_steps, unit_scale=1 / config.sample_steps,
               bar_format=form, disable=hide_bar or not seeds,
-              leave=None) as bar:  # it stays unless it stands below another
+              leave=None) as bar:  # stays on the screen, except below the bar of train.py
 
         def watched(*inputs):
             bar.update(len(part))
@@ -772,7 +776,7 @@ class Data:
 
     def clips(self, numbers: np.ndarray, window=0.0, frames: int = 1):
         """`frames` neighbours of each of these clips, uint8 (B, frames, H, W, 3), and labels (B,).
-        window: where they begin, from 0, as early as they can, to 1, as late; a number or (B,)."""
+        window: where they begin, in [0, 1): 0 as early as they can, near 1 as late; or (B,)."""
         first = (window * (self.lengths[numbers] - frames + 1)).astype(np.int64)
         images, labels = zip(*(self.read(i, j, frames)
                                for i, j in zip(numbers.tolist(), first.tolist())))
@@ -836,7 +840,7 @@ class Shapes(Data):
         return radius, centres, dark, light
 
     def draw(self, clip: int, radius: float, centre: np.ndarray, dark, light) -> np.ndarray:
-        fine = max(1, 64 // self.size)  # points per pixel and axis: 4 at 16 px, 1 from 64 px up
+        fine = max(1, 64 // self.size)  # points per pixel and axis: 4 at 16 px, 1 from 33 px up
         points = (np.arange(fine * self.size, dtype=np.float32) + 0.5) / (fine * self.size)
         a, b = (points - centre[0]) / radius, (points[:, None] - centre[1]) / radius
         inside = self.shapes[self.classes[self.labels[clip]]](a, b)
@@ -961,26 +965,34 @@ def find_files(top: Path, suffixes: list[str] = SUFFIXES) -> list[Path]:
     return sorted(path for path in files if path.suffix.lower() in suffixes)
 
 
-def find_clips(files: list[Path]) -> dict[Path, list[Path]]:
+def find_clips(files: list[Path], skip_bad: bool) -> dict[Path, list[Path]]:
     """Clips by the folder of their frames, frame 2 before frame 10, or by the file of an animation.
     If the first file of a folder is an animation, all are."""
     folders, clips = {}, {}
     for file in files:
         folders.setdefault(file.parent, []).append(file)
     for folder, members in folders.items():
-        if count_frames(members[0]) == 1:
+        counts = (count_frames(file, skip_bad) for file in members)
+        first = next((count for count in counts if count > 0), 0)
+        if first == 1:
             clips[folder] = sorted(members, key=lambda file: (len(file.stem), file.stem))
-        else:
-            clips |= {file: [file] * count_frames(file) for file in members}
+        elif first > 1:
+            counted = {file: count_frames(file, skip_bad) for file in members}
+            clips |= {file: [file] * count for file, count in counted.items() if count > 0}
     return clips
 
 
-def count_frames(file: Path) -> int:
+def count_frames(file: Path, skip_bad: bool) -> int:
+    """Of an animation; 1 of an image; 0 of what cannot be read, with skip_bad."""
     try:
         with Image.open(file) as image:
             return getattr(image, "n_frames", 1)
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise InputError(f"{file} cannot be read ({error}): repair or remove it")
+        if not skip_bad:
+            raise InputError(f"{file} cannot be read ({error}): repair or remove it; train.py goes "
+                             "on with --skip-bad")
+        print(f"warning: {file} cannot be read ({error})", file=sys.stderr)
+        return 0
 
 
 def open_folder(path: Path, convert, skip_bad: bool = False, labelled: bool = True,
@@ -992,7 +1004,9 @@ def open_folder(path: Path, convert, skip_bad: bool = False, labelled: bool = Tr
         hint = VIDEO_HINT if find_files(path, VIDEO_SUFFIXES) else ""
         raise InputError(f"no images in {path} and its sub-folders: looked for "
                          f"{' '.join(SUFFIXES)}{hint}")
-    clips = find_clips(files) if frames > 1 else {file: [file] for file in files}
+    clips = find_clips(files, skip_bad) if frames > 1 else {file: [file] for file in files}
+    if not clips:
+        raise InputError(f"nothing in {path} can be read")
     for source, members in clips.items():
         if source == path or len(members) < frames:
             raise InputError(f"{source} has {len(members)} frames: a clip is a sub-folder of "
@@ -1066,7 +1080,7 @@ def open_labelled_npz(path: Path, size: int, frames: int) -> Stored:
     if not whole or not 0 <= labels.min() <= labels.max() < n:
         raise InputError(f"{path}: arr_1 is {labels.dtype} {labels.shape}, it must be {n} integer "
                          "labels from 0 up, with no more classes than images")
-    return Stored(str(path), images, labels, [str(i) for i in range(labels.max() + 1)])
+    return Stored(str(path), images, labels, [str(i) for i in range(int(labels.max()) + 1)])
 
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170,052,171 bytes
