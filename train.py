@@ -76,11 +76,12 @@ def main():
 
     with run.progress(loader, start) as bar:
         for step, batch in enumerate(bar, start):
-            torch.manual_seed(args.seed + 1_000_003 * step + rank)  # draws of dropout
+            torch.manual_seed(args.seed + 1_000_003 * step + rank)  # dropout
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             loss = torch.zeros((), device=device)
             for k in range(0, local, micro):
                 *tensors, seeds = (whole[k : k + micro] for whole in batch)
+                # images, labels and times (clips, frames, ...) become (B, ...)
                 x, y, t = (w.to(device, non_blocking=w.is_pinned()).flatten(0, 1) for w in tensors)
                 x = from_uint8(x)
                 eps = noise(seeds.tolist(), x, generator)
