@@ -2111,7 +2111,7 @@ def test_samples_are_recognised():
         net.load_state_dict(weights)
         with train.autocast_of(cpu, train.choose_precision(cpu, "auto")):
             parts = train.sample_images(net, replace(config, guidance=guidance), seeds, y, cpu, 64)
-            sets[title] = np.concatenate([images for _, images in parts]), np.array(y)
+            sets[title] = np.concatenate([images[:, 0] for _, images in parts]), np.array(y)
     sets["guided, wrong label"] = sets["guided"][0], (np.array(y) + 1) % config.num_classes
     for file in sorted(folder.glob("*.npz")):
         sets[file.name] = np.load(file)["arr_0"], np.load(file)["arr_1"]
