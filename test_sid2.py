@@ -935,6 +935,13 @@ def test_frames_have_positions_of_their_own_and_clips_have_not():
     assert_close(out, out[:1].expand_as(out))
 
 
+def test_in_clips_both_positions_start_large():
+    """Else attention takes long to find the same place in other frames."""
+    net = sid2.ResidualUViT(sid2.PRESETS["moving"])
+    for position in (net.position, net.frame_position):
+        assert position.std().item() == pytest.approx(1, rel=0.1)
+
+
 def test_given_frames_are_seen_clean_and_answered_exactly():
     """So their loss and their gradient are 0, under guidance too, and their sample is the frame."""
     x, eps, t = normal(8, 3, 8, 8).clamp(-1, 1), normal(8, 3, 8, 8, seed=1), torch.rand(8)
