@@ -939,7 +939,7 @@ def test_in_clips_both_positions_start_large():
     """Else attention takes long to find the same place in other frames."""
     net = sid2.ResidualUViT(sid2.PRESETS["moving"])
     for position in (net.position, net.frame_position):
-        assert position.std().item() == pytest.approx(1, rel=0.1)
+        assert position.std().item() == pytest.approx(1, rel=0.2)
 
 
 def test_given_frames_are_seen_clean_and_answered_exactly():
