@@ -251,7 +251,8 @@ def setup(name: str) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means float32, in convolutions too
         torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ:  # gloo: for agree(); 2 hours: all wait while the first draws
+    if "RANK" in os.environ:
+        # agree() is on the CPU, by gloo; two hours, as the others wait while the first draws
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     return rank, world, device
@@ -463,8 +464,9 @@ def load_checkpoint(path: str | Path) -> dict:
         state["config"] = sid2.Config(**state["config"])
         with torch.device("meta"):
             net = sid2.ResidualUViT(state["config"])
-        for name in ("net", "ema"):  # do they fit? dict(): assign=True marks what it gets
-            net.load_state_dict(dict(state[name]), assign=True)
+        for name in ("net", "ema"):  # raises if the weights do not fit the configuration
+            weights = dict(state[name])  # a copy: assign=True marks the dict that it is given
+            net.load_state_dict(weights, assign=True)
         return {key: state[key] for key in ("config", "classes", "data", "step", "seconds",
                                             "skipped", "net", "ema", "optimizer")}
     except (InputError, PermissionError, MemoryError):
@@ -973,8 +975,8 @@ def find_clips(files: list[Path], skip_bad: bool) -> dict[Path, list[Path]]:
     for file in files:
         folders.setdefault(file.parent, []).append(file)
     for folder, members in folders.items():
-        counts = (count_frames(file, skip_bad) for file in members)
-        first = next((count for count in counts if count > 0), 0)
+        counts = (count_frames(file, skip_bad) for file in members)  # read only as far as needed
+        first = next((count for count in counts if count > 0), 0)  # 0: no file can be read
         if first == 1:
             clips[folder] = sorted(members, key=lambda file: (len(file.stem), file.stem))
         elif first > 1:
