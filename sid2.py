@@ -23,6 +23,7 @@ No code of the authors was ever released. Every constant says in brackets where 
     [MCM]     Multistep Consistency Models, arXiv 2403.06807, same group, same network
     [UL]      Unified Latents, arXiv 2602.17270, the group's next paper, read at first hand
     [DFoT]    History-guided video diffusion, arXiv 2502.06764, a similar network, read likewise
+    [HD]      google/hackable_diffusion at 06f026e: code by colleagues of the authors, not by them
     [GI]      Kynkäänniemi et al. 2024, arXiv 2404.07724, guidance in a limited interval
     [derived] arithmetic from the above, shown by a test
     [ours]    in no text that we could read: our choice, with its reason
@@ -53,10 +54,10 @@ class Config:
     patch_size: int  # the top feature map has (image_size / patch_size)² positions
     channels: tuple  # width of each level, top first; each level halves the feature map
     blocks: str  # a letter per level: R residual (convolutions), T transformer; middle last
-    depth: int = 3  # blocks per level on the way down, and again on the way up [SiD2*]
+    depth: tuple = (3, 3)  # blocks per level on the way down, and on the way up [MCM]
     middle: int = 16  # blocks of the last level, which is the middle [SiD2*]
     width: int = 1024  # of the conditioning vector [SiD2*]
-    head_width: int = 128  # channels per attention head: 4 heads at 512 channels [ours]
+    head_width: int = 128  # channels per attention head: 4 heads at 512 channels; [HD] 64 [ours]
     dropout: float = 0.1  # in transformer blocks only [SiD2*]
     num_classes: int = 1000  # 0: unconditional; the null class is label num_classes [SiD2]
     frames: int = 1  # of a clip, which are neighbours in the batch; 1: images [SiD2]
@@ -64,55 +65,56 @@ class Config:
     # noise process and loss
     noise_low: int = 32  # shifts logsnr by 2 log(noise_low / image_size) at t = 1 [SiD2*]
     noise_high: int = 0  # the same at t = 0; 0 means the image size: no shift [SiD2*] [MCM]
-    bias: float = 0.0  # b of the weighting sigmoid(b - logsnr), by resolution [SiD2*] [VDM++]
+    bias: float = 0.0  # b of the weighting sigmoid(b - logsnr), by image size [SiD2*] [VDM++] [HD]
     # training
     steps: int = 500_000  # of training [SD]
     batch: int = 2048  # images, or clips, per step, over all processes [SD]
     lr: float = 1e-4  # learning rate of Adam, constant after the warm-up [SD]
-    warmup: int = 10_000  # steps in which the learning rate rises from 0 to lr [SD]
-    betas: tuple = (0.9, 0.99)  # Adam's two decay rates [SD]
-    adam_eps: float = 1e-12  # Adam's epsilon [SD]
-    clip: float = 1.0  # gradient clipping: the largest norm, over all parameters [SD]
-    ema: float = 0.9999  # decay of the averaged weights [SD]
-    label_dropout: float = 0.1  # share of labels replaced by the null class [SD]
-    flip: bool = True  # mirror half of the images [ours]
+    warmup: int = 10_000  # steps in which the learning rate rises from 0 to lr [SD] [HD]
+    betas: tuple = (0.9, 0.99)  # Adam's two decay rates [SD] [HD]
+    adam_eps: float = 1e-12  # Adam's epsilon [SD] [HD]
+    clip: float = 1.0  # largest norm of the gradient, over all parameters; 0: no limit [SD] [HD]
+    ema: float = 0.9999  # decay of the averaged weights [SD] [HD]
+    label_dropout: float = 0.1  # share of labels replaced by the null class [SD] [HD]
+    flip: bool = True  # mirror half of the images [HD]
     # sampling
     sampler: str = "ddpm"  # or ddim [SiD2*]
     sample_steps: int = 512  # of the sampler [SiD2*]
     gamma: float = 0.2  # DDPM noise variance: 0 lower bound, 1 upper, log-linear between [SD]
     guidance: float = 2.0  # scale inside the interval; 1 is no guidance [GI]
-    interval: tuple = (-2.13, 2.55)  # of logsnr: noise 0.28 < sigma / alpha <= 2.90 [GI]
+    interval: tuple = (-2.13, 2.55)  # of logsnr: noise 0.28 < sigma / alpha <= 2.90, at 64 px [GI]
 
 
 # `shapes` and `moving` are for minutes on two CPU cores, `cifar10` for one GPU. The other rows are
 # the paper's, and were not trained here. imagenet64 has a network of its own [MCM]. All rows from
 # 128 pixels up are one network: compute grows by finer patches, not by more parameters [SiD2].
-# Sources of these rows: channels and blocks [SiD2*]; noise from 32 to the image size [MCM] for 64
-# and 128 px, [SiD2*] for 512 px, by analogy [derived] for 256 px; bias [VDM++] for 64 px, [SiD2*]
-# for the rest, and -1 at 256 px stands in [DFoT] too. Kinetics600: the paper claims it [SiD2], but
-# its settings are not known. Size, frames and channels are [UL]'s; bias and noise those of 128 px
-# [derived]; 256 clips per step [ours].
+# Noise runs from 32 to the image size [MCM] for 64 and 128 px, [SiD2*] for 512 px, by analogy
+# [derived] for 256 px. The bias is [VDM++] [HD] for 64 px, [SiD2*] for the rest, and -1 at 256 px
+# stands in [DFoT] too. The guidance interval of [GI] belongs to 64 x 64 latents: for S pixels it is
+# shifted by 2 log(64 / S), as the noise is [derived], and not tuned. Kinetics600: the paper claims
+# it [SiD2], but its settings are not known. Size, frames and channels are [UL]'s; bias and noise
+# those of 128 px [derived]; 256 clips per step [ours].
+UVIT = (128, 256, 512, 1024), "RRTT"  # channels and blocks of all rows from 128 pixels up [SiD2*]
 PRESETS = {
-    "shapes": Config(16, 1, (32, 64, 128), "RRT", depth=2, middle=2, width=256, head_width=64,
-                     dropout=0.0, num_classes=6, noise_high=32, bias=2.0, steps=1200, batch=64,
-                     lr=2e-3, warmup=100, flip=False, sample_steps=32,
+    "shapes": Config(16, 1, (32, 64, 128), "RRT", depth=(2, 2), middle=2, width=256, head_width=64,
+                     dropout=0.0, num_classes=6, noise_low=16, bias=0.0, steps=2000, batch=32,
+                     lr=2e-3, warmup=100, flip=False, sample_steps=32, guidance=3.0,
                      interval=(-6.0, 6.0)),  # [ours]
     "cifar10": Config(32, 1, (128, 256, 512), "RTT", middle=8, width=512, head_width=64,
                       num_classes=10, bias=2.0, steps=40_000, batch=256, lr=3e-4, warmup=1000,
                       ema=0.9995, sample_steps=256),  # [ours]
-    "moving": Config(16, 1, (32, 96), "RT", depth=2, middle=4, width=256, head_width=96,
+    "moving": Config(16, 1, (32, 96), "RT", depth=(2, 2), middle=4, width=256, head_width=96,
                      dropout=0.0, num_classes=0, frames=8, given=2, noise_high=32, bias=-1.0,
                      steps=4200, batch=4, lr=2e-3, warmup=100, flip=False,
                      sample_steps=32),  # [ours]
-    #                      pixels patch channels           blocks  bias
-    "imagenet64":     Config( 64, 1, (256, 512, 1024),      "RTT",  bias=2.0),
-    "imagenet128":    Config(128, 1, (128, 256, 512, 1024), "RRTT", bias=0.0),
-    "imagenet256_p2": Config(256, 2, (128, 256, 512, 1024), "RRTT", bias=-1.0),
-    "imagenet256_p1": Config(256, 1, (128, 256, 512, 1024), "RRTT", bias=-1.0),
-    "imagenet512_p4": Config(512, 4, (128, 256, 512, 1024), "RRTT", bias=-3.0),
-    "imagenet512_p2": Config(512, 2, (128, 256, 512, 1024), "RRTT", bias=-3.0),
-    "kinetics600_p2": Config(128, 2, (128, 256, 512, 1024), "RRTT", bias=0.0, num_classes=0,
-                             frames=16, given=5, batch=256),
+    #                      pixels, patch, channels and blocks
+    "imagenet64":     Config( 64, 1, (256, 512, 1024), "RTT", bias=2.0),
+    "imagenet128":    Config(128, 1, *UVIT, bias=0.0, interval=(-3.52, 1.16)),
+    "imagenet256_p2": Config(256, 2, *UVIT, bias=-1.0, interval=(-4.90, -0.23)),
+    "imagenet256_p1": Config(256, 1, *UVIT, bias=-1.0, interval=(-4.90, -0.23)),
+    "imagenet512_p4": Config(512, 4, *UVIT, bias=-3.0, interval=(-6.29, -1.61)),
+    "imagenet512_p2": Config(512, 2, *UVIT, bias=-3.0, interval=(-6.29, -1.61)),
+    "kinetics600_p2": Config(128, 2, *UVIT, bias=0.0, num_classes=0, frames=16, given=5, batch=256),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -126,14 +128,14 @@ def schedule(t: Tensor, image_size: int, noise_low: int = 32,  # [SiD2*]
         logsnr(t) = -2 log tan(u) + (1 - t) shift(noise_high) + t shift(noise_low)
         u = u_0 + t (u_1 - u_0),   shift(resolution) = 2 log(resolution / image_size)
 
-    The cosine term runs from +10 to -10 ([SD] has 15), so both ends are finite. The shift is
-    [SD]'s: averaging 2x2 pixels divides the noise variance by 4, so 128 px at noise resolution 64,
-    pooled to 64 px, is exactly as noisy as 64 px unshifted. noise_high = 0 means the image size,
-    whose shift is 0. The point of the interpolation: at the clean end nothing is shifted, so fine
-    detail is trained alike at any size; at the noisy end any size is as noisy as 32 px.
+    The cosine term runs from +10 to -10 ([SD] and [HD] have 15), so both ends are finite. The shift
+    is that of [SD] and [HD]: averaging 2x2 pixels divides the noise variance by 4, so 128 px at
+    noise resolution 64, pooled to 64 px, is exactly as noisy as 64 px unshifted. noise_high = 0
+    means the image size, whose shift is 0. So at the clean end fine detail is trained alike at any
+    size, and at the noisy end any size is as noisy as 32 px.
 
-    Trap: public transcriptions of the paper print the shift with the opposite sign and half the
-    size. Trap: computed in bfloat16, logsnr is off by up to 1.3 nats.
+    Traps: public transcriptions of the paper print the shift with the opposite sign and half the
+    size. Computed in bfloat16, logsnr is off by up to 1.3 nats.
     """
     t = t.float()
     u_0, u_1 = math.atan(math.exp(-10 / 2)), math.atan(math.exp(10 / 2))  # logsnr +10, -10 [SiD2*]
@@ -154,35 +156,17 @@ def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
 
 
-def diffuse(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
-    """z = alpha x + sigma eps."""
-    alpha, sigma = alpha_sigma(logsnr)
-    return alpha * x + sigma * eps
-
-
-def v_from_x_eps(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
-    """v = alpha eps - sigma x, the network's target [SiD2*]."""
-    alpha, sigma = alpha_sigma(logsnr)
-    return alpha * eps - sigma * x
-
-
-def x_from_v(z: Tensor, v: Tensor, logsnr: Tensor) -> Tensor:
-    """x = alpha z - sigma v."""
-    alpha, sigma = alpha_sigma(logsnr)
-    return alpha * z - sigma * v
-
-
 # --------------------------------------------------------------------------------------------------
 # 3. Loss
 
 
-def low_discrepancy_times(index: Tensor, batch: int, start: float) -> Tensor:
-    """Times of the images at places `index` of a batch: t_i = (start + i / batch) mod 1 [VDM].
+def low_discrepancy_times(batch: int, start: float) -> Tensor:
+    """The times of a batch, (batch,): t_i = (start + i / batch) mod 1 [VDM].
 
-    With one start ~ U(0, 1) per step each t is uniform, and together they cover [0, 1) evenly,
-    which takes most of the variance out of the loss. `batch` counts the images of all processes.
+    With start ~ U(0, 1) each time is uniform, and together they cover [0, 1) evenly: most of the
+    loss's variance goes. With several processes, take the times of the whole batch and share them.
     """
-    return (start + index.float() / batch) % 1
+    return (start + torch.arange(batch) / batch) % 1
 
 
 def sigmoid_loss(v_hat: Tensor, v: Tensor, logsnr: Tensor, slope: Tensor, bias: float) -> Tensor:
@@ -190,17 +174,17 @@ def sigmoid_loss(v_hat: Tensor, v: Tensor, logsnr: Tensor, slope: Tensor, bias: 
 
         ½ (-dlogsnr/dt) sigmoid(bias - logsnr) |eps - eps_hat|²
 
-    [UL], read at first hand, has the same weight. The network's error is in v: eps - eps_hat =
-    alpha (v - v_hat), hence alpha² = sigmoid(logsnr) in the code. The loss is a mean over pixels
-    and channels, in nats per dimension: with 1 in place of sigmoid(bias - logsnr) it is the
-    diffusion part of the variational bound. Because of -dlogsnr/dt its mean over t depends on the
-    schedule through the two end points only.
+    The network's error is in v: eps - eps_hat = alpha (v - v_hat), hence alpha² = sigmoid(logsnr)
+    in the code. The loss is a mean over pixels and channels, in nats per dimension: with 1 in place
+    of sigmoid(bias - logsnr) it is the diffusion part of the variational bound. Because of
+    -dlogsnr/dt its mean over t depends on the schedule through the two end points only.
 
-    Traps: public SiD2 losses leave out -dlogsnr/dt, or put the weight that belongs to the error in
-    x, e^bias sigmoid(logsnr - bias) [SiD2*], on the error in v.
+    Witnesses, read at first hand: [UL] draws this weight; [HD] has this loss, without the ½, as the
+    paper's equation 4. Traps: public SiD2 losses leave out -dlogsnr/dt, or put the weight that
+    belongs to the error in x, e^bias sigmoid(logsnr - bias) [SiD2*] [HD], on the error in v.
     """
     weight = 0.5 * -slope * torch.sigmoid(bias - logsnr) * torch.sigmoid(logsnr)
-    return weight * (v_hat.float() - v.float()).square().mean((1, 2, 3))
+    return weight * (v_hat.float() - v).square().mean((1, 2, 3))
 
 
 def given_frames(net, x: Tensor, frames: int, given: int):
@@ -232,8 +216,11 @@ def training_loss(net, config: Config, x: Tensor, y: Tensor, t: Tensor, eps: Ten
     if config.given:
         net = given_frames(net, x, config.frames, config.given)
     logsnr, slope = schedule(t, config.image_size, config.noise_low, config.noise_high)
-    z, v = diffuse(x, eps, logsnr), v_from_x_eps(x, eps, logsnr)
-    return sigmoid_loss(net(z, logsnr, y), v, logsnr, slope, config.bias)
+    alpha, sigma = alpha_sigma(logsnr)
+    z = alpha * x + sigma * eps
+    v = alpha * eps - sigma * x  # what the network predicts [SiD2*]
+    v_hat = net(z, logsnr, y)
+    return sigmoid_loss(v_hat, v, logsnr, slope, config.bias)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,11 +235,11 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 class Norm(nn.Module):
-    """Layer norm over the last dimension, with a gain and without a bias.
+    """RMS norm over the last dimension: h / sqrt(mean h²), times a gain for each channel.
 
-    The paper's kind of norm is not known. This one [ours] works per pixel, has no groups, and is
-    torch's fused kernel, forward and backward. Trap: CUDA's autocast would run it in float32 and
-    return float32, so autocast is off here; the statistics are float32 inside the kernel anyway.
+    The paper's kind of norm is not known; [HD] and [DFoT] have this one. The mean is float32, and
+    the result has the type of h, under autocast too. Trap: torch's own F.rms_norm answers in
+    float32 under CUDA's autocast from torch 2.12 on, and has no fused kernel on a CPU.
     """
 
     def __init__(self, channels: int):
@@ -260,9 +247,8 @@ class Norm(nn.Module):
         self.gain = nn.Parameter(torch.ones(channels))
 
     def forward(self, h: Tensor) -> Tensor:
-        device = "cpu" if h.is_meta else h.device.type  # autocast does not know meta
-        with torch.autocast(device, enabled=False):
-            return F.layer_norm(h, h.shape[-1:], self.gain.to(h.dtype), eps=1e-6)  # [ours]
+        mean = (h * h).mean(-1, keepdim=True, dtype=torch.float32)
+        return h * torch.rsqrt(mean + 1e-6).to(h.dtype) * self.gain.to(h.dtype)  # [ours]
 
 
 class Conv3x3(nn.Conv2d):
@@ -293,38 +279,62 @@ class ResBlock(nn.Module):
         return h + self.conv2(F.silu(branch))
 
 
-class TransformerBlock(nn.Module):
-    """MLP first, then attention [SD]; c scales and offsets the MLP's hidden layer alone [MCM].
+class MLP(nn.Module):
+    """Two dense layers; c scales and offsets the hidden layer between them [MCM]."""
 
-    q and k are normalised, each head by itself [SiD2*]: else logits grow in long training. All
-    frames of a clip see each other, at all places [DFoT].
+    def __init__(self, channels: int, width: int, dropout: float):
+        super().__init__()
+        self.norm = Norm(channels)
+        self.dense1 = nn.Linear(channels, 4 * channels)  # MLP ratio 4 [SiD2*]
+        self.film = nn.Linear(width, 2 * 4 * channels)  # [MCM]
+        self.dropout = nn.Dropout(dropout)
+        self.dense2 = zero(nn.Linear(4 * channels, channels))  # [SiD2*]
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        scale, offset = self.film(c)[:, None, None].chunk(2, dim=-1)  # each (B, 1, 1, 4 C)
+        hidden = F.silu(self.dense1(self.norm(h))) * (1 + scale) + offset
+        return self.dense2(self.dropout(hidden))
+
+
+class Attention(nn.Module):
+    """Each place of an image sees all its places; in a clip those of all frames [DFoT].
+
+    q and k are normalised, each head by itself [SiD2*]: else logits grow in long training.
     """
+
+    def __init__(self, channels: int, head_width: int, frames: int):
+        super().__init__()
+        self.head_width, self.frames = head_width, frames
+        self.norm = Norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.norm_q, self.norm_k = Norm(head_width), Norm(head_width)
+        self.project = zero(nn.Linear(channels, channels))
+
+    def forward(self, h: Tensor) -> Tensor:
+        B, H, W, C = h.shape
+        N, heads = self.frames * H * W, C // self.head_width  # N: all places of a clip
+        qkv = self.qkv(self.norm(h)).reshape(-1, N, 3, heads, self.head_width)
+        q, k, v = qkv.unbind(2)  # each (B / frames, N, heads, head_width)
+        q = self.norm_q(q).transpose(1, 2)  # (B / frames, heads, N, head_width)
+        k = self.norm_k(k).transpose(1, 2)
+        v = v.transpose(1, 2)
+        # In bf16 CUDA does this in one kernel, cuDNN's or FlashAttention's, which never stores the
+        # N x N weights. There is no mask: no place is hidden from another, and Flash takes none.
+        branch = F.scaled_dot_product_attention(q, k, v)
+        return self.project(branch.transpose(1, 2).reshape(B, H, W, C))
+
+
+class TransformerBlock(nn.Module):
+    """MLP first, then attention [SD]."""
 
     def __init__(self, channels: int, width: int, head_width: int, dropout: float, frames: int):
         super().__init__()
-        self.head_width, self.frames = head_width, frames
-        self.norm_mlp = Norm(channels)
-        self.mlp_in = nn.Linear(channels, 4 * channels)  # MLP ratio 4 [SiD2*]
-        self.film = nn.Linear(width, 2 * 4 * channels)  # [MCM]
-        self.dropout = nn.Dropout(dropout)
-        self.mlp_out = zero(nn.Linear(4 * channels, channels))  # [SiD2*]
-        self.norm_attention = Norm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.norm_q, self.norm_k = Norm(head_width), Norm(head_width)
-        self.attention_out = zero(nn.Linear(channels, channels))
+        self.mlp = MLP(channels, width, dropout)
+        self.attention = Attention(channels, head_width, frames)
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        B, H, W, C = h.shape
-        scale, offset = self.film(c)[:, None, None].chunk(2, dim=-1)  # each (B, 1, 1, 4 C)
-        branch = F.silu(self.mlp_in(self.norm_mlp(h))) * (1 + scale) + offset
-        h = h + self.mlp_out(self.dropout(branch))
-
-        N, heads = self.frames * H * W, C // self.head_width  # N: all places of a clip
-        qkv = self.qkv(self.norm_attention(h)).reshape(-1, N, 3, heads, self.head_width)
-        q, k, v = qkv.unbind(2)  # each (B / frames, N, heads, head_width)
-        q, k = self.norm_q(q), self.norm_k(k)
-        branch = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
-        return h + self.attention_out(branch.transpose(1, 2).reshape(B, H, W, C))
+        h = h + self.mlp(h, c)
+        return h + self.attention(h)
 
 
 class Down(nn.Module):
@@ -353,9 +363,8 @@ class Condition(nn.Module):
     """c from logsnr and label: sinusoids, two dense layers, plus the class embedding, swish.
 
     logsnr in [-20, 20] is mapped linearly to [0, 1], alike at every resolution, so that a network
-    trained at one resolution can continue at another [ours]. The frequencies run from 1000 to 0.1
-    [ours]: the fastest sinusoid turns by 0.3 radians between neighbours among 512 steps, which lie
-    at least 0.012 nats apart.
+    trained at one resolution can continue at another [ours]. Frequencies from 1000 to 0.1 [HD]
+    tell neighbours among 512 steps apart: the fastest sinusoid turns by 0.3 radians.
     """
 
     def __init__(self, width: int, num_classes: int):
@@ -365,7 +374,7 @@ class Condition(nn.Module):
         self.label = nn.Embedding(num_classes + 1, width)  # the last row is the null class
 
     def forward(self, logsnr: Tensor, y: Tensor) -> Tensor:
-        exponent = torch.linspace(3, -1, self.dense1.in_features // 2, device=logsnr.device)
+        exponent = torch.linspace(3, -1, self.dense1.in_features // 2, device=logsnr.device)  # [HD]
         phase = (logsnr.float()[:, None] + 20) / 40 * 10**exponent  # [ours]
         c = torch.cat([phase.sin(), phase.cos()], dim=-1)
         return F.silu(self.dense2(F.silu(self.dense1(c))) + self.label(y))
@@ -375,10 +384,13 @@ class ResidualUViT(nn.Module):
     """Residual U-ViT: z (B, 3, H, W), logsnr (B,), y (B,) int64 -> v_hat (B, 3, H, W) in float32.
 
     H = W = config.image_size; y = config.num_classes is the null class. There is one skip per level
-    and no other [SiD2*]. Patch layers are linear [ours]: 3x3 would add 1.2 % GMAC at 512 px with
-    patch 4. Initialisation [ours]: the zero layers and the position embedding as said where they
-    are built, all others with torch's defaults; for weights and biases of linear layers and
-    convolutions these are uniform, with variance 1 / (3 n), n the inputs of one output.
+    and no other [SiD2*]. The published GMAC fix that each level above the middle has 6 blocks, not
+    how many of them stand on the way down: 3 is [MCM]'s. Patch layers are linear [ours]: 3x3 would
+    add 1.2 % GMAC at 512 px with patch 4.
+
+    First weights [ours]: zero where a layer is built so, else torch's defaults, uniform with
+    variance 1 / (3 n) for n inputs. [HD]'s have variance 1 / n, zero biases and zero scales and
+    offsets: on `shapes` their held-out loss was higher with each of three seeds.
     """
 
     def __init__(self, config: Config):
@@ -398,29 +410,27 @@ class ResidualUViT(nn.Module):
             return nn.ModuleList(make_block(level) for _ in range(count))
 
         above = range(len(channels) - 1)  # the levels above the middle
+        depth_down, depth_up = config.depth
         self.condition = Condition(config.width, config.num_classes)
         self.embed = nn.Linear(3 * config.patch_size**2, channels[0])
         if self.first_transformer_level >= 0:
             side = (config.image_size // config.patch_size) >> self.first_transformer_level
             C = channels[self.first_transformer_level]
-            std = 0.01 if config.frames == 1 else 1.0  # [SD], clips [ours]: see add_position
+            std = 0.01 if config.frames == 1 else 1.0  # [SD]; clips [ours], to tell places apart
             self.position = nn.Parameter(std * torch.randn(side, side, C))
             if config.frames > 1:
                 self.frame_position = nn.Parameter(std * torch.randn(config.frames, 1, 1, C))
-        self.blocks_down = nn.ModuleList(make_blocks(i, config.depth) for i in above)
+        self.blocks_down = nn.ModuleList(make_blocks(i, depth_down) for i in above)
         self.down = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in above)
         self.middle = make_blocks(-1, config.middle)
         self.up = nn.ModuleList(Up(channels[i], channels[i + 1]) for i in above)
-        self.blocks_up = nn.ModuleList(make_blocks(i, config.depth) for i in above)
+        self.blocks_up = nn.ModuleList(make_blocks(i, depth_up) for i in above)
         self.norm = Norm(channels[0])
         self.head = zero(nn.Linear(channels[0], 3 * config.patch_size**2))
 
     def add_position(self, h: Tensor, level: int) -> Tensor:
-        """Adds the learned positions at the level where transformers begin. This happens before
-        `low` is taken, so that h - low stays 0 in a fresh network [ours]. In clips each frame has a
-        position too, and all positions start large [ours]: with only one of these two, attention
-        had not found the same place in other frames after 578 to 645 steps (`moving` with shapes at
-        rest, seed 0)."""
+        """Adds the learned positions where transformers begin: before `low` is taken, so that
+        h - low stays 0 in a fresh network [ours]. In clips each frame has a position too."""
         if level == self.first_transformer_level:
             h = h + self.position.to(h.dtype)
             if self.frames > 1:
@@ -520,7 +530,8 @@ def sample_steps(net, config: Config, seeds: list[int], y: Tensor, x: Tensor | N
             v_hat = v_null + config.guidance * (v_y - v_null)  # x_hat is linear in v_hat
         else:
             v_hat = net(z, logsnr_t.expand(len(y)), y)
-        x_hat = x_from_v(z, v_hat, logsnr_t).clamp(-1, 1)
+        alpha, sigma = alpha_sigma(logsnr_t)
+        x_hat = (alpha * z - sigma * v_hat).clamp(-1, 1)
         yield z, x_hat
         if i + 1 == len(logsnr):  # the last step returns x_hat
             break

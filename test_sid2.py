@@ -54,13 +54,19 @@ ROOT = Path(__file__).parent
 SOURCE = (ROOT / "sid2.py").read_text()
 PAPER = list(sid2.PUBLISHED)
 LONG = "SID2_LONG" in os.environ
-TINY = sid2.Config(8, 1, (8, 16), "RT", depth=1, middle=1, width=16, head_width=8, dropout=0.0,
-                   num_classes=3, noise_high=32, bias=1.0, steps=4, batch=8, lr=1e-2, warmup=2,
-                   sample_steps=3)
+TINY = sid2.Config(8, 1, (8, 16), "RT", depth=(1, 1), middle=1, width=16, head_width=8,
+                   dropout=0.0, num_classes=3, noise_high=32, bias=1.0, steps=4, batch=8, lr=1e-2,
+                   warmup=2, sample_steps=3)
 
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noised(x, eps, logsnr):
+    """z and v, by their definitions."""
+    alpha, sigma = (l.sigmoid().sqrt()[..., None, None, None] for l in (logsnr, -logsnr))
+    return alpha * x + sigma * eps, alpha * eps - sigma * x
 
 
 def shaken(config=TINY, seed=0, scale=0.3):
@@ -75,7 +81,7 @@ def shaken(config=TINY, seed=0, scale=0.3):
 # --------------------------------------------------------------------------------------------------
 # 1. Configuration
 
-TAG = r"\[(SiD2\*?|SD|VDM(?:\+\+)?|MCM|UL|DFoT|GI|derived|ours)\]"
+TAG = r"\[(SiD2\*?|SD|VDM(?:\+\+)?|MCM|UL|DFoT|HD|GI|derived|ours)\]"
 
 
 def test_every_constant_says_where_it_comes_from():
@@ -86,7 +92,7 @@ def test_every_constant_says_where_it_comes_from():
     assert legend == what_looks_like_a_tag == set(re.findall(TAG, SOURCE))
 
     method, _ = SOURCE.split("# 7. `python")
-    above, presets, below = re.split(r"^PRESETS = |^(?=# 2\. )", method, flags=re.M)
+    above, presets, below = re.split(r"^UVIT = |^(?=# 2\. )", method, flags=re.M)
     for token in tokenize.generate_tokens(io.StringIO(above + below).readline):
         if token.type == tokenize.NUMBER and float(token.string) not in (0, 0.5, 1, 2, 3):
             assert re.search(TAG + "|permute", token.line), token.line
@@ -98,27 +104,27 @@ def test_every_constant_says_where_it_comes_from():
     assert ours.count("[ours]") == ours.count("Config(") == 3
     assert papers.count("Config(") == len(PAPER) + 1  # and Kinetics600
     comment = above.split("\n\n")[-1]
-    tags = {"SiD2", "SiD2*", "MCM", "VDM++", "DFoT", "UL", "derived", "ours"}
+    tags = {"SiD2", "SiD2*", "MCM", "VDM++", "DFoT", "UL", "GI", "HD", "derived", "ours"}
     assert set(re.findall(TAG, comment)) == tags
 
 
 def test_tags_do_not_promise_more_than_is_known():
     """A second-hand fact is never the paper's own; what nobody could read is ours."""
-    tags = dict(re.findall(r"^    (\w+): \w+.*\[(\S+)\]$", SOURCE, re.M))
-    for tag, names in {
-            "SiD2*": "depth middle width dropout noise_low sampler sample_steps",
-            "SD": "steps batch lr warmup betas adam_eps clip ema label_dropout gamma",
-            "GI": "guidance interval", "ours": "head_width flip"}.items():
-        assert {tags[name] for name in names.split()} == {tag}
-    assert SOURCE.count("[SiD2]") == 7  # legend, ImageNet, images (2), finer patches, Kinetics600,
-    # weighting
+    lines = dict(re.findall(r"^    (\w+): \w+.*  # (.*)$", SOURCE, re.M))
+    for tags, names in {
+            "SiD2*": "middle width dropout noise_low sampler sample_steps",
+            "MCM": "depth", "SD": "steps batch lr gamma", "HD": "flip",
+            "SD HD": "warmup betas adam_eps clip ema label_dropout",
+            "GI": "guidance interval", "HD ours": "head_width"}.items():
+        for name in names.split():
+            assert re.findall(TAG, lines[name]) == tags.split(), name
 
 
 def gmac_of_blocks(config):
     gmac = 0
     for level, (C, kind) in enumerate(zip(config.channels, config.blocks)):
         N = config.frames * (config.image_size // config.patch_size >> level) ** 2
-        number = config.middle if level == len(config.channels) - 1 else 2 * config.depth
+        number = config.middle if level == len(config.channels) - 1 else sum(config.depth)
         gmac += number * (18 * C * C * N if kind == "R" else 12 * C * C * N + 2 * N * N * C) / 1e9
     return gmac
 
@@ -141,14 +147,22 @@ def test_paper_presets_hold_the_papers_hyperparameters():
     assert [(c.channels, c.blocks) for c in rows] == [small, *5 * [large]]
     for c in rows:
         assert (c.noise_low, c.noise_high or c.image_size) == (32, c.image_size)
-        assert (c.depth, c.middle, c.width, c.dropout, c.num_classes) == (3, 16, 1024, 0.1, 1000)
+        assert (c.depth, c.middle, c.width) == ((3, 3), 16, 1024)
+        assert (c.dropout, c.num_classes) == (0.1, 1000)
         assert (c.steps, c.batch, c.lr, c.warmup) == (500_000, 2048, 1e-4, 10_000)
         assert (c.betas, c.adam_eps, c.clip) == ((0.9, 0.99), 1e-12, 1.0)
         assert (c.ema, c.label_dropout, c.flip) == (0.9999, 0.1, True)
         assert (c.sampler, c.sample_steps, c.gamma) == ("ddpm", 512, 0.2)
-        low, high = c.interval  # of logsnr = -2 log sigma; the cited one is 0.28 < sigma <= 2.90
-        assert low == pytest.approx(-2 * math.log(2.90), abs=5e-3)
-        assert high == pytest.approx(-2 * math.log(0.28), abs=5e-3)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_guidance_interval_goes_with_the_size_as_the_noise_does(name):
+    """The cited interval, 0.28 < sigma / alpha <= 2.90, belongs to 64 x 64 latents. An image of S
+    pixels, pooled to 64, has 2 log(S / 64) more logsnr than before: so much lower lies its own."""
+    config = sid2.PRESETS[name]
+    for end, noise in zip(config.interval, (2.90, 0.28)):
+        pooled = end + 2 * math.log(config.image_size / 64)
+        assert pooled == pytest.approx(-2 * math.log(noise), abs=5e-3)
 
 
 @pytest.mark.parametrize("change", [
@@ -173,7 +187,7 @@ def test_the_table_of_presets_puts_what_is_counted_beside_what_is_published(caps
     assert [row.split()[0] for row in rows] == list(shown)
     for row, config in zip(rows[1:], list(shown.values())[1:]):
         assert 0.99 < gmac_of_blocks(config) / float(row.split()[3]) < 1
-    assert re.match(r"shapes +1\.6 +- +0\.05 +- +- +2 +32- 32 ", rows[0])
+    assert re.match(r"shapes +1\.6 +- +0\.05 +- +- +0 +16- 16 ", rows[0])
     assert re.match(r"imagenet512_p2 +400\.1 +397 +656\.42 +653 +1\.48 - 1\.50 +-3 +32-512 ",
                     rows[2])
     assert rows[2].endswith("  R 256² x 128 (65536)  R 128² x 256 (16384)  T 64² x 512 (4096)  "
@@ -222,9 +236,9 @@ def test_the_shift_is_average_pooling():
     noise, which is + log 4 in logsnr."""
     (at_128, _), (at_64, _) = sid2.schedule(T, 128, 64, 64), sid2.schedule(T, 64, 64, 64)
     assert_close(at_128 + math.log(4), at_64, rtol=1e-5, atol=1e-5)
-    z = sid2.diffuse(torch.zeros(64, 3, 128, 128), normal(64, 3, 128, 128), at_128[100])
-    alpha, _ = sid2.alpha_sigma(at_128[100])
-    logsnr_pooled = 2 * math.log(alpha.item() / F.avg_pool2d(z, 2).std().item())
+    alpha, sigma = sid2.alpha_sigma(at_128[100])
+    noise = sigma * normal(64, 3, 128, 128)
+    logsnr_pooled = 2 * math.log(alpha.item() / F.avg_pool2d(noise, 2).std().item())
     assert logsnr_pooled == pytest.approx(at_64[100].item(), abs=0.01)
 
 
@@ -232,9 +246,8 @@ def test_the_process_is_float32_under_autocast():
     """In bfloat16 logsnr is wrong by more than a nat."""
     with torch.autocast("cpu", torch.bfloat16):
         logsnr, slope = sid2.schedule(T.bfloat16(), 64, 32, 64)
-        z = sid2.diffuse(normal(201, 3, 4, 4), normal(201, 3, 4, 4, seed=1), logsnr)
         alpha, sigma = sid2.alpha_sigma(logsnr.bfloat16())
-    assert {a.dtype for a in (logsnr, slope, z, alpha, sigma)} == {torch.float32}
+    assert {a.dtype for a in (logsnr, slope, alpha, sigma)} == {torch.float32}
     t, u_0, u_1 = torch.linspace(0, 1, 100_001), math.atan(math.exp(-5)), math.atan(math.exp(5))
     in_bfloat16 = -2 * torch.log(torch.tan(u_0 + t.bfloat16() * (u_1 - u_0)))
     exact, _ = sid2.schedule(t, 64, 64, 64)
@@ -247,16 +260,6 @@ def test_alpha_and_sigma_are_exact_at_the_extremes():
     assert_close(alpha**2 + sigma**2, torch.ones(8).double(), rtol=1e-6, atol=0)
     assert_close(2 * (alpha / sigma).log(), EXTREMES.double(), rtol=1e-6, atol=1e-6)
     assert (1 - sid2.alpha_sigma(EXTREMES[6:])[0].square() == 0).all()
-
-
-def test_x_comes_back_from_v():
-    """And so does eps, as sigma z + alpha v: (x, eps) -> (z, v) is a rotation."""
-    x, eps = normal(8, 3, 4, 4), normal(8, 3, 4, 4, seed=1)
-    z, v = sid2.diffuse(x, eps, EXTREMES), sid2.v_from_x_eps(x, eps, EXTREMES)
-    alpha, sigma = (torch.sigmoid(l).sqrt().reshape(8, 1, 1, 1) for l in (EXTREMES, -EXTREMES))
-    assert_close(z, alpha * x + sigma * eps)
-    assert_close(sid2.x_from_v(z, v, EXTREMES), x, rtol=1e-4, atol=1e-4)
-    assert_close(sigma * z + alpha * v, eps, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,14 +298,11 @@ def test_the_expected_loss_depends_on_the_schedule_through_its_ends_only():
         assert mean.item() == pytest.approx(exact, rel=1e-4)
 
 
-def test_times_cover_the_interval_evenly_whatever_the_number_of_processes():
-    index, start = torch.arange(64), 0.7391
-    whole = sid2.low_discrepancy_times(index, 64, start)
-    shares = [sid2.low_discrepancy_times(share, 64, start) for share in index.chunk(4)]
-    assert torch.equal(whole, torch.cat(shares))
-    assert 0 <= whole.min() <= whole.max() < 1
-    assert_close(whole.sort().values.diff(), torch.full((63,), 1 / 64), rtol=1e-4, atol=1e-6)
-    assert whole[[0, 16]].tolist() == pytest.approx([start, start + 0.25])
+def test_times_cover_the_interval_evenly():
+    t = sid2.low_discrepancy_times(64, 0.7391)
+    assert 0 <= t.min() <= t.max() < 1
+    assert_close(t.sort().values.diff(), torch.full((63,), 1 / 64), rtol=1e-4, atol=1e-6)
+    assert t[[0, 16]].tolist() == pytest.approx([0.7391, 0.9891])
 
 
 @pytest.mark.parametrize("noise_low, noise_high", [(32, 0), (16, 64)])
@@ -319,7 +319,7 @@ def test_the_training_loss_is_its_pieces(noise_low, noise_high):
     y = torch.arange(4)
     loss = sid2.training_loss(net, config, x, y, t, eps)
     logsnr, slope = sid2.schedule(t, 8, noise_low, noise_high or 8)
-    z, v = sid2.diffuse(x, eps, logsnr), sid2.v_from_x_eps(x, eps, logsnr)
+    z, v = noised(x, eps, logsnr)
     (given,) = seen
     assert all(torch.equal(mine, theirs) for mine, theirs in zip((z, logsnr, y), given))
     assert torch.equal(loss, sid2.sigmoid_loss(net(z, logsnr, y), v, logsnr, slope, -1.0))
@@ -329,7 +329,7 @@ def test_the_training_loss_is_its_pieces(noise_low, noise_high):
 def test_the_training_loss_of_a_known_error_is_known(d):
     """That of a network which is off by d in eps is ½ (-dlogsnr/dt) sigmoid(bias - logsnr) d²."""
     def net(z, logsnr, y):
-        return sid2.v_from_x_eps(x, eps, logsnr) + d / sid2.alpha_sigma(logsnr)[0]
+        return noised(x, eps, logsnr)[1] + d / sid2.alpha_sigma(logsnr)[0]
 
     x, eps, t = normal(4, 3, 8, 8), normal(4, 3, 8, 8, seed=1), torch.tensor([0.1, 0.4, 0.6, 0.9])
     loss = sid2.training_loss(net, TINY, x, torch.zeros(4).long(), t, eps)
@@ -344,8 +344,7 @@ THREE_LEVELS = replace(TINY, channels=(8, 16, 16), blocks="RTT")
 INPUT = normal(2, 3, 8, 8), torch.tensor([0.0, 1.0]), torch.tensor([0, 1])
 
 
-def layer_norm(h, gain):
-    h = h - h.mean(-1, keepdim=True)
+def rms_norm(h, gain):
     return h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
 
 
@@ -375,8 +374,8 @@ def test_initial_weights_are_what_the_network_says():
                 assert (scale * module.weight).var().item() == pytest.approx(1, rel=0.1), name
                 assert (scale * module.weight).abs().max().item() <= math.sqrt(3) + 1e-5, name
                 biases += [] if module.bias is None else [scale * module.bias]
-    assert zero_layers == {"blocks_down.0.0.conv2", "blocks_up.0.0.conv2", "middle.0.mlp_out",
-                           "middle.0.attention_out", "head"}
+    assert zero_layers == {"blocks_down.0.0.conv2", "blocks_up.0.0.conv2",
+                           "middle.0.mlp.dense2", "middle.0.attention.project", "head"}
     assert torch.cat(biases).var().item() == pytest.approx(1, rel=0.1)
     assert net.position.std().item() == pytest.approx(0.01, rel=0.05)
     assert net.condition.label.weight.shape == (3 + 1, 64)
@@ -384,7 +383,8 @@ def test_initial_weights_are_what_the_network_says():
 
 def test_the_skip_carries_what_the_level_below_has_changed():
     """h = high + up(h - low), spelt out for two levels with blocks of their own."""
-    net, h, c = shaken(replace(THREE_LEVELS, depth=2, middle=3)), normal(2, 8, 8, 8), normal(2, 16)
+    net = shaken(replace(THREE_LEVELS, depth=(1, 2), middle=3))
+    h, c = normal(2, 8, 8, 8), normal(2, 16)
 
     def through(blocks, number, h):
         assert len(blocks) == number
@@ -400,9 +400,9 @@ def test_the_skip_carries_what_the_level_below_has_changed():
         assert project.bias is None
         return (h @ project.weight.T).repeat_interleave(2, 1).repeat_interleave(2, 2)
 
-    high_0 = through(net.blocks_down[0], 2, h)
+    high_0 = through(net.blocks_down[0], 1, h)
     low_0 = down(net.down[0].project, high_0) + net.position
-    high_1 = through(net.blocks_down[1], 2, low_0)
+    high_1 = through(net.blocks_down[1], 1, low_0)
     low_1 = down(net.down[1].project, high_1)
     middle = through(net.middle, 3, low_1)
     below = through(net.blocks_up[1], 2, high_1 + up(net.up[1].project, middle - low_1))
@@ -417,48 +417,56 @@ def test_a_residual_block_is_its_formula():
     def conv(h, layer):
         return F.conv2d(h.movedim(3, 1), layer.weight, layer.bias, padding=1).movedim(1, 3)
 
-    branch = conv(F.silu(layer_norm(h, block.norm1.gain)), block.conv1)
-    branch = F.silu(layer_norm(branch, block.norm2.gain) * (1 + scale) + offset)
+    branch = conv(F.silu(rms_norm(h, block.norm1.gain)), block.conv1)
+    branch = F.silu(rms_norm(branch, block.norm2.gain) * (1 + scale) + offset)
     assert_close(block(h, c), h + conv(branch, block.conv2), rtol=1e-4, atol=1e-4)
 
 
 def test_a_transformer_block_is_its_formula():
     """MLP before attention; q and k normalised per head; c in the hidden layer of the MLP only."""
     block, h, c = shaken().middle[0], normal(2, 3, 3, 16), normal(2, 16)
-    scale, offset = block.film(c)[:, None, None].split(64, -1)
-    branch = F.silu(block.mlp_in(layer_norm(h, block.norm_mlp.gain))) * (1 + scale) + offset
-    h_mlp = h + block.mlp_out(branch)
-    qkv = block.qkv(layer_norm(h_mlp, block.norm_attention.gain)).reshape(2, 9, 3, 2, 8)
-    q, k = layer_norm(qkv[:, :, 0], block.norm_q.gain), layer_norm(qkv[:, :, 1], block.norm_k.gain)
-    attention = torch.einsum("bihd,bjhd->bhij", q, k).div(math.sqrt(8)).softmax(-1)
-    branch = torch.einsum("bhij,bjhd->bihd", attention, qkv[:, :, 2]).reshape(2, 3, 3, 16)
-    assert_close(block(h, c), h_mlp + block.attention_out(branch), rtol=1e-4, atol=1e-4)
+    mlp, attention = block.mlp, block.attention
+    scale, offset = mlp.film(c)[:, None, None].split(64, -1)
+    hidden = F.silu(mlp.dense1(rms_norm(h, mlp.norm.gain))) * (1 + scale) + offset
+    h_mlp = h + mlp.dense2(hidden)
+    qkv = attention.qkv(rms_norm(h_mlp, attention.norm.gain)).reshape(2, 9, 3, 2, 8)
+    q = rms_norm(qkv[:, :, 0], attention.norm_q.gain)
+    k = rms_norm(qkv[:, :, 1], attention.norm_k.gain)
+    weights = torch.einsum("bihd,bjhd->bhij", q, k).div(math.sqrt(8)).softmax(-1)
+    branch = torch.einsum("bhij,bjhd->bihd", weights, qkv[:, :, 2]).reshape(2, 3, 3, 16)
+    assert_close(block(h, c), h_mlp + attention.project(branch), rtol=1e-4, atol=1e-4)
 
 
-def test_a_norm_has_mean_0_and_mean_square_1_in_each_pixel():
+def test_a_norm_has_mean_square_1_in_each_pixel():
     """Times its gain. It answers in the type that it was asked in, also under autocast."""
     norm, h = sid2.Norm(64), 3 + 5 * normal(2, 4, 4, 64)
-    assert_close(norm(h).mean(-1), torch.zeros(2, 4, 4), rtol=0, atol=1e-6)
     assert_close(norm(h).square().mean(-1), torch.ones(2, 4, 4))
-    assert_close(norm(1e-4 * h), layer_norm(1e-4 * h, 1))  # no division by 0
+    assert_close(norm(1e-4 * h), rms_norm(1e-4 * h, 1))  # no division by 0
     norm.gain.data = normal(64, seed=1)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             exact, small = norm(h), norm(h.bfloat16())
-        assert_close(exact, layer_norm(h, norm.gain))  # which compares the types too
-        assert_close(small, layer_norm(h, norm.gain).bfloat16(), rtol=0.02, atol=0.02)
+        assert_close(exact, rms_norm(h, norm.gain))  # which compares the types too
+        assert_close(small, rms_norm(h, norm.gain).bfloat16(), rtol=0.02, atol=0.02)
+
+
+def test_the_mean_square_of_a_norm_is_float32():
+    """Summed in bfloat16, 4,096 ones and a 64 would have another mean."""
+    h = torch.ones(4096, dtype=torch.bfloat16)
+    h[0] = 64
+    assert_close(sid2.Norm(4096)(h)[1].item(), 0.5**0.5, rtol=4e-3, atol=0)
 
 
 def test_a_norm_keeps_bfloat16_under_the_autocast_of_cuda():
-    """That alone would answer in float32 and promote the whole residual stream. Fake tensors are
-    dispatched like real ones, so it shows without a GPU."""
+    """That would else promote the whole residual stream to float32. Fake tensors are dispatched
+    like real ones, so it shows without a GPU; F.layer_norm shows that autocast is on."""
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
         norm, h = sid2.Norm(128), torch.empty(2, 4, 4, 128, dtype=torch.bfloat16)
         try:
             torch.set_autocast_enabled("cuda", True)
             torch.set_autocast_dtype("cuda", torch.bfloat16)
-            assert F.layer_norm(h, (128,)).dtype == torch.float32  # the trap
+            assert F.layer_norm(h, (128,)).dtype == torch.float32
             assert norm(h).dtype == torch.bfloat16
         finally:
             torch.set_autocast_enabled("cuda", enabled)
@@ -538,7 +546,7 @@ def test_any_patch_size_keeps_pixels_in_place(patch):
     torch.nn.init.eye_(net.head.weight)
     z = normal(2, 3, 16, 16)
     patches = F.unfold(z, patch, stride=patch).transpose(1, 2)  # (B, N, 3 p²)
-    expected = F.fold(F.silu(layer_norm(patches, 1)).transpose(1, 2), 16, patch, stride=patch)
+    expected = F.fold(F.silu(rms_norm(patches, 1)).transpose(1, 2), 16, patch, stride=patch)
     assert_close(net(z, *INPUT[1:]), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -561,7 +569,7 @@ def test_dropout_acts_in_transformer_blocks_and_in_training_only():
     net = shaken(replace(THREE_LEVELS, dropout=0.5))
     holders = {type(module).__name__ for module in net.modules()
                if any(isinstance(child, torch.nn.Dropout) for child in module.children())}
-    assert holders == {"TransformerBlock"}
+    assert holders == {"MLP"}
     assert torch.equal(net(*INPUT), net(*INPUT))
     net.train()
     assert not torch.equal(net(*INPUT), net(*INPUT))
@@ -598,7 +606,7 @@ def kept_of_an_image(config):
 
 def test_the_memory_of_an_image_is_known_before_anything_runs():
     """`pytest -s` shows it: what autograd keeps in eager mode on a CPU. Batches multiply it."""
-    config = replace(THREE_LEVELS, depth=2, middle=3, dropout=0.1)
+    config = replace(THREE_LEVELS, depth=(2, 2), middle=3, dropout=0.1)
     net, real = sid2.ResidualUViT(config), []
     for levels in ([], [0], [0, 1, 2]):
         net.checkpointing = levels
@@ -695,6 +703,10 @@ def exact_net(mean, variance):
     return net
 
 
+def x_from_v(z, v, logsnr):
+    return logsnr.sigmoid().sqrt() * z - (-logsnr).sigmoid().sqrt() * v
+
+
 def logsnr_grid(S):
     return sid2.schedule(torch.arange(S, 0, -1) / S, 32, 32, 32)[0]
 
@@ -740,7 +752,7 @@ def test_ddpm_keeps_the_marginals_of_gaussian_data(S, point, variance, gamma):
     z, noise = torch.tensor([[0.0, 1, 0], [0, 0, 1]]).reshape(2, 3, 1, 1, 1)
     mean, var = marginal(grid[0])
     for l_t, l_s in zip(grid, grid[1:]):
-        x_hat = sid2.x_from_v(z, net(z, l_t.expand(3), y), l_t)
+        x_hat = x_from_v(z, net(z, l_t.expand(3), y), l_t)
         none, by_z, by_noise = sid2.ddpm_step(z, x_hat, l_t, l_s, gamma, noise).flatten().tolist()
         mean = none + (by_z - none) * mean
         var = (by_z - none) ** 2 * var + (by_noise - none) ** 2
@@ -793,7 +805,7 @@ def test_x_hat_is_clipped_before_the_next_step_uses_it(mean):
     net, l = exact_net([mean], 1.0), logsnr_grid(5)
     steps = steps_of(net, [7], [0], 5, sampler="ddim")
     for i, (z, x_hat) in enumerate(steps):
-        unclipped = sid2.x_from_v(z, net(z, l[i], torch.tensor([0])), l[i])
+        unclipped = x_from_v(z, net(z, l[i], torch.tensor([0])), l[i])
         assert_close(x_hat, unclipped.clamp(-1, 1))
         if i < 4:
             assert_close(steps[i + 1][0], sid2.ddim_step(z, x_hat, l[i], l[i + 1]))
@@ -953,7 +965,7 @@ def test_given_frames_are_seen_clean_and_answered_exactly():
 
     loss = sid2.training_loss(watched, CLIPS, x, y, t, eps)
     logsnr, _ = sid2.schedule(t, 8, CLIPS.noise_low, CLIPS.noise_high)
-    z = sid2.diffuse(x, eps, logsnr)
+    z, _ = noised(x, eps, logsnr)
     assert_close(seen[0][0], torch.where(first[:, None, None, None], x, z), rtol=0, atol=0)
     assert_close(seen[0][1], torch.where(first, 20.0, logsnr), rtol=0, atol=0)
     assert loss[first].max() < 1e-8 < 1e-3 < loss[~first].min()
@@ -1013,9 +1025,9 @@ def test_clips_with_given_frames_follow_the_exact_conditional_distribution():
 
     grid, z = logsnr_grid(64), normal(*x.shape, seed=2)
     for i, (l_t, l_s) in enumerate(zip(grid, grid[1:])):
-        noisy = sid2.diffuse(x, normal(*x.shape, seed=3 + 2 * i), l_t)
+        noisy, _ = noised(x, normal(*x.shape, seed=3 + 2 * i), l_t)
         z = torch.where(first[:, None, None, None], noisy, z)
-        x_hat = sid2.x_from_v(z, exact(z, l_t.expand(len(z)), y), l_t)
+        x_hat = x_from_v(z, exact(z, l_t.expand(len(z)), y), l_t)
         z = sid2.ddpm_step(z, x_hat, l_t, l_s, 0.5, normal(*x.shape, seed=4 + 2 * i))
     wide = spread(x_hat)[1]
     assert (wide.diagonal() / covariance.diagonal()).min() > 1.3
@@ -1034,7 +1046,7 @@ def names_used(code):
 
 
 USES = [  # of sections 1 to 7
-    "config = Config(8, 1, (8, 16), 'RT', 1, 1, width=16, head_width=8, sample_steps=2)",
+    "config = Config(8, 1, (8, 16), 'RT', (1, 1), 1, width=16, head_width=8, sample_steps=2)",
     "logsnr, slope = schedule(t, 8)",
     "training_loss(lambda z, logsnr, y: z, config, x, y, t, x)",
     "net = ResidualUViT(config)\ntraining_loss(net, config, x, y, t, x).mean().backward()",
@@ -2100,7 +2112,8 @@ def judge(data, flip, classes):
 def test_samples_are_recognised():
     """A judge trained on the run's data says what samples show, and how far their features lie from
     those of unseen images: 400 seeds, untrained, unguided and guided; then every npz in the run's
-    folder. Of shapes at least 95 % must show their class."""
+    folder. What spans less than 40 grey levels in each channel shows nothing, whatever the judge
+    takes it for. Of shapes at least 99 % must show their class."""
     folder = Path(os.environ["SID2_RUN"])
     state = train.load_checkpoint(folder)
     config, name = state["config"], state["data"]
@@ -2129,14 +2142,16 @@ def test_samples_are_recognised():
     there, scores = moments(look(real[500:])[1]), {}
     for title, (images, wanted) in sets.items():
         seen, features = look(images)
-        scores[title] = (seen == wanted).mean()
+        span = images.max((1, 2)).astype(int) - images.min((1, 2))  # (N, 3)
+        empty = (span < 40).all(1)
+        scores[title] = ((seen == wanted) & ~empty).mean()
         distance = fid.frechet(*moments(features), *there)
-        print(f"{title:24} n {len(images):5}   shows its class {scores[title]:6.1%}   judge-FD "
-              f"{distance:8.3f}")
+        print(f"{title:24} n {len(images):5}   shows its class {scores[title]:6.1%}   empty "
+              f"{empty.sum():3}   judge-FD {distance:8.3f}")
     assert scores["untrained"] < scores["unguided"] <= scores["guided"]
     assert scores["guided"] > scores["guided, wrong label"]
     if name == "shapes":
-        assert scores["unseen images"] >= 0.99 and scores["guided"] >= 0.95
+        assert scores["unseen images"] >= 0.99 and scores["guided"] >= 0.99
         assert scores["untrained"] < 0.4 and scores["guided, wrong label"] < 0.05
 
 

@@ -90,7 +90,7 @@ def main():
                     share = sid2.training_loss(model, config, x, y, t, eps).sum() / counted
                 share.backward()
                 loss += share.detach()
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip or math.inf)
             optimizer.found_inf = 1 - norm.isfinite().float()  # 1: fused Adam skips the step
             if device.type == "mps" and optimizer.found_inf:  # MPS's fused Adam ignores it
                 optimizer.zero_grad()
@@ -154,7 +154,7 @@ class Batches(Dataset):
         images, labels = self.data.clips(clips, window, config.frames)
         images = np.where(flip[:, None, None, None, None], images[..., ::-1, :], images)
         y = np.where(drop | (config.num_classes == 0), config.num_classes, labels)
-        t = sid2.low_discrepancy_times(torch.from_numpy(place), config.batch, start)
+        t = sid2.low_discrepancy_times(config.batch, start)[place]
         # noise seeds: consecutive in a run; Knuth's multiplier sets nearby --seeds far apart
         seeds = ((self.seed + 1) * 2654435761 % 2**32 + numbers) % 2**32
         y, t = (each[:, None].repeat(1, config.frames) for each in (torch.from_numpy(y), t))
@@ -365,13 +365,14 @@ def check(config: sid2.Config, **flags):
     rules = [
         ("patch_size head_width frames noise_low steps batch sample_steps log_every micro_batch",
          "must be at least 1", lambda n: n >= 1),
-        ("depth middle num_classes noise_high lr warmup adam_eps clip sample_every save_every "
+        ("middle num_classes noise_high lr warmup adam_eps clip sample_every save_every "
          "workers", "must not be negative", lambda n: n >= 0),
         ("seed", "must be at least 0 and below 2^32", lambda n: 0 <= n < 2**32),
         ("dropout ema label_dropout gamma", "must lie in [0, 1]", lambda n: 0 <= n <= 1),
         ("bias guidance", "must be finite", math.isfinite),
         ("given", f"must be at least 0 and below frames, {config.frames}",
          lambda n: 0 <= n < config.frames),
+        ("depth", "must not be negative", lambda pair: min(pair) >= 0),
         ("betas", "must lie in [0, 1)", lambda pair: 0 <= min(pair) <= max(pair) < 1),
         ("width", "must be even and positive", lambda n: n > 0 and n % 2 == 0),
         ("interval", "needs the lower number first", lambda pair: pair[0] < pair[1]),
