@@ -115,7 +115,7 @@ def test_tags_do_not_promise_more_than_is_known():
             "SiD2*": "middle width dropout noise_low sampler sample_steps",
             "MCM": "depth", "SD": "steps batch lr gamma", "HD": "flip",
             "SD HD": "warmup betas adam_eps clip ema label_dropout",
-            "GI": "guidance interval", "HD ours": "head_width"}.items():
+            "GI": "guidance interval", "ours HD": "head_width"}.items():
         for name in names.split():
             assert re.findall(TAG, lines[name]) == tags.split(), name
 
@@ -344,7 +344,8 @@ THREE_LEVELS = replace(TINY, channels=(8, 16, 16), blocks="RTT")
 INPUT = normal(2, 3, 8, 8), torch.tensor([0.0, 1.0]), torch.tensor([0, 1])
 
 
-def rms_norm(h, gain):
+def layer_norm(h, gain):
+    h = h - h.mean(-1, keepdim=True)
     return h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
 
 
@@ -417,8 +418,8 @@ def test_a_residual_block_is_its_formula():
     def conv(h, layer):
         return F.conv2d(h.movedim(3, 1), layer.weight, layer.bias, padding=1).movedim(1, 3)
 
-    branch = conv(F.silu(rms_norm(h, block.norm1.gain)), block.conv1)
-    branch = F.silu(rms_norm(branch, block.norm2.gain) * (1 + scale) + offset)
+    branch = conv(F.silu(layer_norm(h, block.norm1.gain)), block.conv1)
+    branch = F.silu(layer_norm(branch, block.norm2.gain) * (1 + scale) + offset)
     assert_close(block(h, c), h + conv(branch, block.conv2), rtol=1e-4, atol=1e-4)
 
 
@@ -427,46 +428,40 @@ def test_a_transformer_block_is_its_formula():
     block, h, c = shaken().middle[0], normal(2, 3, 3, 16), normal(2, 16)
     mlp, attention = block.mlp, block.attention
     scale, offset = mlp.film(c)[:, None, None].split(64, -1)
-    hidden = F.silu(mlp.dense1(rms_norm(h, mlp.norm.gain))) * (1 + scale) + offset
+    hidden = F.silu(mlp.dense1(layer_norm(h, mlp.norm.gain))) * (1 + scale) + offset
     h_mlp = h + mlp.dense2(hidden)
-    qkv = attention.qkv(rms_norm(h_mlp, attention.norm.gain)).reshape(2, 9, 3, 2, 8)
-    q = rms_norm(qkv[:, :, 0], attention.norm_q.gain)
-    k = rms_norm(qkv[:, :, 1], attention.norm_k.gain)
+    qkv = attention.qkv(layer_norm(h_mlp, attention.norm.gain)).reshape(2, 9, 3, 2, 8)
+    q = layer_norm(qkv[:, :, 0], attention.norm_q.gain)
+    k = layer_norm(qkv[:, :, 1], attention.norm_k.gain)
     weights = torch.einsum("bihd,bjhd->bhij", q, k).div(math.sqrt(8)).softmax(-1)
     branch = torch.einsum("bhij,bjhd->bihd", weights, qkv[:, :, 2]).reshape(2, 3, 3, 16)
     assert_close(block(h, c), h_mlp + attention.project(branch), rtol=1e-4, atol=1e-4)
 
 
-def test_a_norm_has_mean_square_1_in_each_pixel():
+def test_a_norm_has_mean_0_and_mean_square_1_in_each_pixel():
     """Times its gain. It answers in the type that it was asked in, also under autocast."""
     norm, h = sid2.Norm(64), 3 + 5 * normal(2, 4, 4, 64)
+    assert_close(norm(h).mean(-1), torch.zeros(2, 4, 4), rtol=0, atol=1e-6)
     assert_close(norm(h).square().mean(-1), torch.ones(2, 4, 4))
-    assert_close(norm(1e-4 * h), rms_norm(1e-4 * h, 1))  # no division by 0
+    assert_close(norm(1e-4 * h), layer_norm(1e-4 * h, 1))  # no division by 0
     norm.gain.data = normal(64, seed=1)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             exact, small = norm(h), norm(h.bfloat16())
-        assert_close(exact, rms_norm(h, norm.gain))  # which compares the types too
-        assert_close(small, rms_norm(h, norm.gain).bfloat16(), rtol=0.02, atol=0.02)
-
-
-def test_the_mean_square_of_a_norm_is_float32():
-    """Summed in bfloat16, 4,096 ones and a 64 would have another mean."""
-    h = torch.ones(4096, dtype=torch.bfloat16)
-    h[0] = 64
-    assert_close(sid2.Norm(4096)(h)[1].item(), 0.5**0.5, rtol=4e-3, atol=0)
+        assert_close(exact, layer_norm(h, norm.gain))  # which compares the types too
+        assert_close(small, layer_norm(h, norm.gain).bfloat16(), rtol=0.02, atol=0.02)
 
 
 def test_a_norm_keeps_bfloat16_under_the_autocast_of_cuda():
-    """That would else promote the whole residual stream to float32. Fake tensors are dispatched
-    like real ones, so it shows without a GPU; F.layer_norm shows that autocast is on."""
+    """That alone would answer in float32 and promote the whole residual stream. Fake tensors are
+    dispatched like real ones, so it shows without a GPU."""
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
         norm, h = sid2.Norm(128), torch.empty(2, 4, 4, 128, dtype=torch.bfloat16)
         try:
             torch.set_autocast_enabled("cuda", True)
             torch.set_autocast_dtype("cuda", torch.bfloat16)
-            assert F.layer_norm(h, (128,)).dtype == torch.float32
+            assert F.layer_norm(h, (128,)).dtype == torch.float32  # the trap
             assert norm(h).dtype == torch.bfloat16
         finally:
             torch.set_autocast_enabled("cuda", enabled)
@@ -546,7 +541,7 @@ def test_any_patch_size_keeps_pixels_in_place(patch):
     torch.nn.init.eye_(net.head.weight)
     z = normal(2, 3, 16, 16)
     patches = F.unfold(z, patch, stride=patch).transpose(1, 2)  # (B, N, 3 p²)
-    expected = F.fold(F.silu(rms_norm(patches, 1)).transpose(1, 2), 16, patch, stride=patch)
+    expected = F.fold(F.silu(layer_norm(patches, 1)).transpose(1, 2), 16, patch, stride=patch)
     assert_close(net(z, *INPUT[1:]), expected, rtol=1e-4, atol=1e-4)
 
 
