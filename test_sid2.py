@@ -1347,6 +1347,12 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
     assert_same(*(torch.load(file, weights_only=True) for file in (whole, checkpoint)))
 
 
+def test_a_clip_of_0_does_not_limit_the_gradient(tmp_path):
+    """It would else multiply every gradient by 0, and train nothing."""
+    (free, _), (limited, _) = (fit(tmp_path / str(clip), clip=clip) for clip in (0.0, 1e9))
+    assert_close(free["net"], limited["net"], rtol=0, atol=0)
+
+
 def test_steps_whose_gradient_is_not_finite_are_skipped_and_ten_in_a_row_end_the_run(
         tmp_path, monkeypatch):
     """Nine do not, nor ten with a good step among them. Weights, moments and their step counts
@@ -1659,7 +1665,8 @@ def test_a_folder_of_samples_is_completed_and_the_rest_is_left_alone(finished, t
     kept = [file.stat().st_mtime_ns == time for file, time in zip(files, before)]
     assert kept == [True, True, False, True, False, True]
     everything = contents(tmp_path)
-    message = error_line(*run(sample, finished, "--device", "cpu", *flags, "--steps", 2))
+    others = ["--device", "cpu", "--precision", "fp32", "--steps", 2]  # the precision is the same
+    message = error_line(*run(sample, finished, *flags, *others))
     assert "other settings (config" in message and contents(tmp_path) == everything
 
 
