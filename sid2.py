@@ -131,7 +131,7 @@ def schedule(t: Tensor, image_size: int, noise_low: int = 32,  # [SiD2*]
     The cosine term runs from +10 to -10 ([SD] and [HD] have 15), so both ends are finite. The shift
     is that of [SD] and [HD]: averaging 2x2 pixels divides the noise variance by 4, so 128 px at
     noise resolution 64, pooled to 64 px, is exactly as noisy as 64 px unshifted. noise_high = 0 is
-    the image size, shift 0: fine detail is trained alike at any size; the noisy end is 32 px's.
+    the image size, with shift 0. At t = 1, noise_low = 32 makes any size as noisy as 32 px.
 
     Traps: public transcriptions of the paper print the shift with the opposite sign and half the
     size. Computed in bfloat16, logsnr is off by up to 1.3 nats.
@@ -384,8 +384,8 @@ class ResidualUViT(nn.Module):
     H = W = config.image_size; y = config.num_classes is the null class. There is one skip per level
     and no other [SiD2*]. UVIT's published GMAC fix how many blocks stand above the middle, 12 R and
     6 T, not their split between down and up: 3 + 3 is [MCM]'s. Patch layers are linear [ours].
-    First weights [ours]: zero where `zero` says so, positions as below, the rest torch's defaults,
-    for n inputs of a layer variance 1 / (3 n). [HD]'s, with variance 1 / n, zero biases, and zero
+    First weights [ours]: zero where `zero` says so, positions as below, torch's defaults elsewhere,
+    whose variance is 1 / (3 n) for n inputs. [HD]'s, with variance 1 / n, zero biases, and zero
     scales and offsets, gave 3 % more held-out loss on `shapes`, in six of six pairs of runs.
     """
 
