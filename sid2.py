@@ -296,8 +296,8 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each place of an image sees all its places; in a clip, those of all frames [DFoT]. q and k are
-    normalised [SD] [HD], each head by itself: else logits grow in long training.
+    """Each place of an image sees all its places; in a clip, those of all frames [DFoT]. q and k
+    are normalised [SD] [HD], each head by itself: else logits grow in long training.
     """
 
     def __init__(self, channels: int, head_width: int, frames: int):

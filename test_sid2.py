@@ -1450,7 +1450,8 @@ def test_a_finer_network_starts_from_a_coarser_run(tmp_path, finished):
                        lr=1e-20)
     fresh = "condition.label.weight, embed.weight, head.bias, head.weight"
     assert f"started afresh: {fresh}" in printed
-    old, key = torch.load(finished / "checkpoint.pt", weights_only=True), "middle.0.qkv.weight"
+    old = torch.load(finished / "checkpoint.pt", weights_only=True)
+    key = "middle.0.attention.qkv.weight"
     assert new["net"][key].equal(old["ema"][key]) and new["ema"][key].equal(old["ema"][key])
     assert not old["net"][key].equal(old["ema"][key])
 
