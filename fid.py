@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train import (InputError, Parser, centre_crop, guarded, open_folder,
-                   open_npz, replacing, setup, write_json)
+from train import (InputError, Parser, guarded, held, open_folder, open_npz, replacing, setup,
+                   take)
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network: Google's Inception of 2015-12-05. (!) marks where torchvision's differs
@@ -234,19 +234,14 @@ class Source:
 
 
 def images_of(path: Path, crop: int | None) -> Source:
-    """All images in a folder and its sub-folders, as pytorch-fid reads them: converted to RGB, not
-    turned by EXIF. crop: size of ADM's centre crop; None: as they are."""
-
-    def convert(image: PIL.Image.Image) -> PIL.Image.Image:
-        image = image.convert("RGB")
-        return centre_crop(image, crop) if crop else image
-
-    data, pool = open_folder(path, convert, labelled=False), ThreadPoolExecutor()
+    """All images in a folder and below, as train.py reads them: upright by EXIF, transparency over
+    white. (pytorch-fid does neither.) crop: size of ADM's centre crop; None: as they are."""
+    data, pool = open_folder(path, crop, labelled=False), ThreadPoolExecutor()
 
     def read(numbers: np.ndarray) -> list[np.ndarray]:
-        return [frames[0] for frames, _ in pool.map(data.read, numbers.tolist())]
+        return [image for image, in pool.map(lambda i: data.read(i, 0.0, 1), numbers.tolist())]
 
-    return Source(str(path), len(data.files), read)
+    return Source(str(path), len(data.labels), read)
 
 
 SHAPES = dict(mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023), n=())
@@ -254,9 +249,6 @@ SHAPES = dict(mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023)
 
 def statistics_of(path: Path, arrays: dict) -> dict:
     """Statistics as in SHAPES, of pytorch-fid, EDM, JiT, ADM or --save-stats."""
-    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if (mu in arrays) != (sigma in arrays):
-            raise InputError(f"{path} holds {', '.join(arrays)}; wanted: {mu} and {sigma} together")
     out = {}
     for key in (key for key in SHAPES if key in arrays):
         value, shape = arrays[key], SHAPES[key]
@@ -276,12 +268,18 @@ def open_source(name: str, crop: int | None = None) -> Source:
     if path.is_dir():
         return images_of(path, crop)
     arrays = open_npz(path)
-    source = Source(str(path), statistics=statistics_of(path, arrays))
-    if "arr_0" in arrays:
-        source.count, source.read = arrays["arr_0"].shape[0], arrays["arr_0"].__getitem__
-    if not source.read and "mu" not in source.statistics:
-        raise InputError(f"{path} holds {', '.join(arrays)}; wanted: arr_0, or mu and sigma")
-    return source
+    statistics, images = statistics_of(path, arrays), arrays.get("arr_0")
+    has = statistics.keys()
+    whole = ("mu" in has) == ("sigma" in has) and ("mu_s" in has) == ("sigma_s" in has)
+    if images is not None:
+        whole &= images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
+        whole &= images.size > 0
+    if not whole or images is None and "mu" not in has:
+        raise InputError(f"{path} holds {held(arrays)}; wanted: arr_0 uint8 (N, H, W, 3), or mu "
+                         "and sigma, or both")
+    if images is None:
+        return Source(str(path), statistics=statistics)
+    return Source(str(path), len(images), lambda numbers: take(images, numbers), statistics)
 
 
 @torch.inference_mode()
@@ -295,6 +293,7 @@ def measure(source: Source, net: Callable, device: torch.device, batch: int = 50
     pooled, spatial, score = (torch.zeros(shape, dtype=torch.float64, device=place) for shape in
                               ((2049, 2049), (2024, 2024), (-(-n // split), 1008 + 2)))
     features = torch.zeros(min(keep, n), 2048, dtype=torch.float16, device=place)
+    sizes = set()  # heights and widths
     # a random order chooses the features that are kept and the splits of IS [ours]: in
     # class-sorted samples a split would hold few classes
     order = torch.from_numpy(np.random.default_rng(0).permutation(n)).to(place)
@@ -304,6 +303,7 @@ def measure(source: Source, net: Callable, device: torch.device, batch: int = 50
         for part in (mine[i : i + batch] for i in range(0, len(mine), batch)):
             images = source.read(part)
             shapes = [image.shape for image in images]
+            sizes |= {shape[:2] for shape in shapes}
             for shape in sorted(set(shapes)):  # one, as a rule
                 same = [i for i, other in enumerate(shapes) if other == shape]
                 x = torch.from_numpy(np.stack([images[i] for i in same])).to(device)
@@ -323,7 +323,7 @@ def measure(source: Source, net: Callable, device: torch.device, batch: int = 50
             dist.all_reduce(t)
     (mu, sigma), (mu_s, sigma_s) = mean_covariance(pooled), mean_covariance(spatial)
     return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, n=n, features=features,
-                IS=inception_score(score))
+                IS=inception_score(score), sizes=sizes)
 
 
 def compare(fake: dict, real: dict, args) -> dict[str, float]:
@@ -354,9 +354,8 @@ def main():
     torch.set_float32_matmul_precision("highest")  # no TF32, nor in convolutions: see setup()
     torch.backends.cudnn.benchmark = False
 
-    # what is scored against what
-    sources = [open_source(name, args.crop) for name in [args.samples, *args.references]]
-    samples = sources[0]
+    names = [args.samples, *dict.fromkeys(args.references)]  # each reference once
+    samples, *others = sources = [open_source(name, args.crop) for name in names]
     if samples.read:  # the samples themselves are measured, whatever else their file says of them
         samples.statistics = {}
     need = args.precision_recall or args.kid
@@ -373,10 +372,10 @@ def main():
             keep = 0 if not need else source.count if source is samples else 10_000  # [ADM]
             measured = measure(source, net, device, args.batch, keep)
             if source.statistics:  # the file's own are kept: ADM's are of the whole set
-                measured = dict(features=measured["features"])
+                measured = {key: measured[key] for key in ("features", "sizes")}
             source.statistics |= measured
     if rank == 0:
-        report(args, samples, sources[1:], dict(device=str(device), processes=world))
+        report(args, samples, others, dict(device=str(device), processes=world))
 
 
 def parse() -> argparse.Namespace:
@@ -426,6 +425,11 @@ def report(args: argparse.Namespace, samples: Source, references: list[Source], 
             fewer = ", fewer than the 2,048 features" if n < 2048 else ""
             notes.append(f"{source.name} has {n} images{fewer}: FID is biased, compare with FID "
                          "of as many, or use --kid")
+        sizes = [set_of.get("sizes", set()) for set_of in (samples.statistics, source.statistics)]
+        if sizes[0] and sizes[1] and sizes[0] != sizes[1]:
+            here, there = (", ".join(f"{w} x {h}" for h, w in sorted(some)[:3]) for some in sizes)
+            notes.append(f"{samples.name} has images of {here} pixels, {source.name} of {there}")
+    notes = list(dict.fromkeys(notes))  # samples may be their own reference
     for note in notes:
         print(f"note: {note}")
 
@@ -436,7 +440,9 @@ def report(args: argparse.Namespace, samples: Source, references: list[Source], 
     versions = {module.__name__: module.__version__ for module in (torch, np, PIL)}
     weights = "random" if args.inception == "random" else SHA256
     settings = vars(args) | dict(weights=weights, versions=versions) | machine
-    write_json(Path(args.out), dict(results=results, images=images, notes=notes, settings=settings))
+    with replacing(Path(args.out)) as temporary:
+        temporary.write_text(json.dumps(dict(results=results, images=images, notes=notes,
+                                             settings=settings), indent=1))
     print(f"wrote {args.out}")
 
 

@@ -9,6 +9,8 @@ Image i depends on its seed and class alone. The same command again makes only w
 """
 
 import argparse
+import json
+import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -19,12 +21,10 @@ import torch
 from PIL import Image
 
 import sid2
-from train import (Data, InputError, Parser, agree, autocast_of, check, check_settings,
-                   choose_labels, choose_precision, grid, guarded, load_checkpoint, open_data, page,
-                   replacing, sample_images, setup, shown_classes, to_uint8, write_json)
-
-
-FORMATS = dict(grid="png", folder="", npz="npz", animation="webp")
+from train import (CHECKPOINT, Data, InputError, Parser, agree, check, choose_labels,
+                   choose_precision, grid, guarded, is_taken, load_checkpoint, open_data, page,
+                   reading, refuse_others, replacing, sample_images, say, setup, shown_classes,
+                   to_uint8)
 
 
 def main():
@@ -36,30 +36,29 @@ def main():
     data = open_given(args, config, state) if config.given else None
     labels = choose_labels(seeds, classes, config.num_classes, data)
     rank, world, device = setup(args.device)
-    precision = choose_precision(device, args.precision)
-    # seconds tell apart two trainings that ended at the same step
-    settings = dict(step=state["step"], seconds=state["seconds"], weights=args.weights,
-                    classes=classes, precision=precision, config=asdict(config),
-                    data=data.name if data else None)
-    folder = open_samples(args, settings, rank)
-
-    net = sid2.ResidualUViT(config).to(device).eval()
-    net.load_state_dict(state["ema" if args.weights == "ema" else "net"])
+    precision, autocast = choose_precision(device, args.precision)
+    with reading(args.run, CHECKPOINT):
+        net = sid2.ResidualUViT(config).to(device).eval()
+        net.load_state_dict(state["ema" if args.weights == "ema" else "net"])
     if args.compile:
         net.compile(dynamic=False, fullgraph=True)  # two graphs: with and without guidance
-    if rank == 0:
-        guided = sum(sid2.sampling_grid(config)[1])
-        print(f"{args.run}, step {state['step']}, {args.weights} weights, {len(seeds)} samples, "
-              f"{config.sample_steps} {config.sampler} steps, {guided} of them guided, "
-              f"{world} x {device}, {precision}")
-    with autocast_of(device, precision):
-        if args.trajectory:
-            if rank == 0:
-                draw_trajectory(folder, net, config, seeds, labels, device)
-        else:
+
+    # seconds tell apart two trainings that ended at the same step
+    settings = asdict(config) | dict(step=state["step"], seconds=state["seconds"], classes=classes,
+                                     weights=args.weights, precision=precision,
+                                     data=data.name if data else None)
+    folder = open_samples(args, settings, rank)
+    guided = sum(sid2.sampling_grid(config)[1])
+    say(f"{args.run}, step {state['step']}, {args.weights} weights, {len(seeds)} samples, "
+        f"{config.sample_steps} {config.sampler} steps, {guided} of them guided, "
+        f"{world} x {device}, {precision}")
+    with autocast:
+        if args.trajectory and rank == 0:
+            draw_trajectory(folder, net, config, seeds, labels, device)
+        elif not args.trajectory:
             missing = [seed for seed in seeds[rank::world] if not png(folder, seed).exists()]
             mine = choose_labels(missing, classes, config.num_classes, data)
-            write_pngs(folder, net, config, missing, mine, device, args.batch, data, rank > 0)
+            write_pngs(folder, sample_images(net, config, missing, mine, device, args.batch, data))
     agree()  # the last image is there
     if rank == 0 and not args.trajectory:
         pack(folder, args.format, seeds, labels, names, config)
@@ -70,13 +69,13 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("run", help="folder or checkpoint.pt of a run of train.py")
     add("--out", help="folder of the PNGs; default: samples-STEP-FLAGS beside the checkpoint")
-    add("--format", choices=FORMATS, default="grid",
-        help="what is written beside that folder; default: %(default)s")
+    add("--format", choices=["grid", "folder", "npz", "animation"], default="grid",
+        help="what is written beside that folder; folder: nothing")
     add("--data", help="clips whose first frames are given, to a run of clips; default: its own")
     add("--trajectory", action="store_true", help="instead: z and x_hat at eight noise levels")
     number = parser.add_mutually_exclusive_group()
-    number.add_argument("--count", type=int, help="seeds 0 to COUNT - 1; default: 8 for each "
-                        "class, 80 at most; with --trajectory 3")
+    number.add_argument("--count", type=int,
+                        help="seeds 0 to COUNT - 1; default: 8 of each class, 80 at most")
     number.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "LAST"), help="inclusive")
     add("--classes", nargs="+", help="names or numbers, taken in turn; all; random; default: for "
         "an npz all, else up to ten spread over all")
@@ -87,8 +86,7 @@ def parse() -> argparse.Namespace:
     add("--guidance", type=float, help="scale; 1 is none")
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="guidance where LOW <= logsnr < HIGH; -99 99 is everywhere")
-    add("--batch", type=int, default=64, help="images, or clips, at once in a process; default: "
-        "%(default)s")
+    add("--batch", type=int, default=64, help="images, or clips, at once in a process")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     add("--compile", action="store_true", help="torch.compile: pays with many images")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
@@ -100,48 +98,44 @@ def configure(args: argparse.Namespace, config: sid2.Config) -> sid2.Config:
     flags = dict(sample_steps=args.steps, sampler=args.sampler, gamma=args.gamma,
                  guidance=args.guidance, interval=args.interval and tuple(args.interval))
     config = replace(config, **{key: value for key, value in flags.items() if value is not None})
+    check(config)
+    clips = config.frames > 1
+    if args.batch < 1:
+        raise InputError(f"--batch must be at least 1, got {args.batch}")
     if config.num_classes == 0 and (args.classes or args.guidance not in (None, 1)):
         raise InputError("this run has no classes: --classes and --guidance need a conditional one")
-    if config.given and args.classes:
-        raise InputError("--classes: with given frames the class is that of their clip")
-    if args.data and not config.given:
-        raise InputError("--data: this run was trained without given frames")
-    if config.frames > 1 and args.trajectory:
-        raise InputError("--trajectory shows images, and this is a run of clips")
-    if config.frames == 1 and args.format == "animation":
-        raise InputError("--format animation shows clips, and this is a run of images")
-    for flag, value in dict(steps=config.sample_steps, batch=args.batch).items():
-        if value < 1:
-            raise InputError(f"--{flag} must be at least 1, got {value}")
-    check(config)
+    if config.given and args.classes or args.data and not config.given:
+        raise InputError("--data is for runs with given frames, whose clips have their own class; "
+                         "--classes is for other runs")
+    if clips and args.trajectory or not clips and args.format == "animation":
+        raise InputError("--trajectory shows images, --format animation shows clips")
     return config
 
 
 def choose_seeds(args: argparse.Namespace, classes: list) -> list[int]:
     default = 3 if args.trajectory else 8 * min(10, len(classes))
-    count = default if args.count is None else args.count
-    first, last = args.seeds or (0, count - 1)
+    first, last = args.seeds or (0, (default if args.count is None else args.count) - 1)
     if not 0 <= first <= last < 2**32:  # torch's CPU generator keeps 32 bits of a seed
-        raise InputError(f"--count must be at least 1, --seeds 0 <= FIRST <= LAST < 2^32; got "
+        raise InputError("--count must be at least 1, --seeds 0 <= FIRST <= LAST < 2^32; got "
                          f"{args.seeds or args.count}")
     return list(range(first, last + 1))
 
 
 def choose_classes(args: argparse.Namespace, names: list[str], num_classes: int) -> list:
     """--classes as numbers, or ["random"]."""
-    everything = list(range(max(1, num_classes)))  # one, 0, without classes
+    if args.classes is None and args.format == "npz" and num_classes > 10:
+        args.classes = ["all"]
     if args.classes is None:
-        return everything if args.format == "npz" else shown_classes(num_classes)
+        return shown_classes(num_classes)
     if args.classes == ["random"]:
         return ["random"]
     if args.classes == ["all"]:
-        return everything
-    numbers = {str(i): i for i in everything} | {name: i for i, name in enumerate(names)}
-    for name in args.classes:
-        if name not in numbers:
-            known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise InputError(f"--classes {name}: this run has classes 0 to {num_classes - 1}: "
-                             f"{known}")
+        return list(range(num_classes))
+    numbers = {str(i): i for i in range(num_classes)} | {name: i for i, name in enumerate(names)}
+    unknown = [name for name in args.classes if name not in numbers]
+    if unknown:
+        raise InputError(f"--classes {unknown[0]}: this run has classes 0 to {num_classes - 1}: "
+                         f"{', '.join(names[:20])}")
     return [numbers[name] for name in args.classes]
 
 
@@ -156,24 +150,27 @@ def open_given(args: argparse.Namespace, config: sid2.Config, state: dict) -> Da
 
 def open_samples(args: argparse.Namespace, settings: dict, rank: int) -> Path:
     """The folder of the PNGs, new or made with the same settings, which lie there as JSON."""
-    changed, classes = [], settings["classes"]
-    num_classes = settings["config"]["num_classes"]
-    if classes != shown_classes(num_classes):
-        everything = classes == list(range(num_classes))
-        changed = ["classes", *(["all"] if everything else map(str, classes))]
-    for name in "weights steps sampler gamma guidance interval precision".split():
-        value = getattr(args, name)
+    words = [f"samples-{settings['step']:07d}"]
+    for flag in "classes weights steps sampler gamma guidance interval precision".split():
+        value = getattr(args, flag)
         if value not in (None, "ema", "auto"):
-            changed += [name, *map(str, value if isinstance(value, list) else [value])]
-    name = "-".join([f"samples-{settings['step']:07d}", *changed])[:200]
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
     run = Path(args.run)
-    folder = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / name
+    run = run if run.is_dir() else run.parent
+    name = os.fsencode("-".join(words).replace("/", "-"))[:200].decode(errors="ignore")
+    folder = Path(args.out) if args.out else run / name
     file = folder / "settings.json"
-    check_settings(file, settings)
+    settings = json.loads(json.dumps(settings))  # as they are read back
+    if file.is_file():
+        with reading(file, "the settings of sample.py"):
+            refuse_others(folder, dict(json.loads(file.read_text())), settings)
+    elif is_taken(folder):
+        raise InputError(f"{folder} exists and has no settings.json: give another --out")
     agree()  # all have looked before one writes
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
     agree()  # the folder is there
     return folder
 
@@ -182,8 +179,7 @@ def png(folder: Path, seed: int) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def write_pngs(folder: Path, net, config: sid2.Config, seeds: list[int], labels: list[int], device,
-               batch: int, data: Data | None, hide_bar: bool):
+def write_pngs(folder: Path, batches):
     """The PNGs of these seeds, the frames of a clip side by side. One thread writes them while the
     next batch is sampled."""
 
@@ -192,19 +188,17 @@ def write_pngs(folder: Path, net, config: sid2.Config, seeds: list[int], labels:
             Image.fromarray(np.concatenate(frames, axis=1)).save(temporary, "PNG")
 
     with ThreadPoolExecutor(1) as writer:
-        jobs = []
-        for part, images in sample_images(net, config, seeds, labels, device, batch, data,
-                                          hide_bar):
-            for job in jobs:
-                job.result()  # of the batch before: raises what went wrong, as a full disk
-            jobs = [writer.submit(write, seed, image) for seed, image in zip(part, images)]
-        for job in jobs:
-            job.result()
+        written = []
+        for seeds, images in batches:
+            list(written)  # of the batch before: raises what went wrong, as a full disk
+            written = writer.map(write, seeds, images)
+        list(written)
 
 
 def read_png(file: Path, frames: int) -> np.ndarray:
     """(frames, H, W, 3) from the frames side by side."""
-    return np.stack(np.split(np.asarray(Image.open(file)), frames, axis=1))
+    with reading(file):
+        return np.stack(np.split(np.asarray(Image.open(file)), frames, axis=1))
 
 
 def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: list[str],
@@ -213,33 +207,33 @@ def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: li
     if form == "folder":
         print(f"wrote {folder}")
         return
-    files = [png(folder, seed) for seed in seeds]
-    path = folder.with_name(f"{folder.name}.{FORMATS[form]}")
+    suffix = dict(grid="png", npz="npz", animation="webp")[form]
+    path = folder.with_name(f"{folder.name}.{suffix}")
+    images = (read_png(png(folder, seed), config.frames) for seed in seeds)
     with replacing(path) as temporary:
-        if form == "npz":  # of 50,000 images, perhaps: one after the other
-            write_npz(temporary, files, labels, config.frames)
+        if form == "npz":
+            write_npz(temporary, images, labels, config)
+        elif form == "grid":
+            grid(np.stack(list(images)), labels, names, config.given).save(temporary, "PNG")
         else:
-            images = np.stack([read_png(file, config.frames) for file in files])
-            if form == "grid":
-                grid(images, labels, names, config.given).save(temporary, "PNG")
-            else:
-                pages = [grid(images[:, [i]], labels, names) for i in range(config.frames)]
-                pages[0].save(temporary, "WebP", save_all=True, append_images=pages[1:],
-                              duration=125, loop=0, lossless=True)
+            frames = np.stack(list(images), axis=1)[:, :, None]  # (frames, N, 1, H, W, 3)
+            pages = [grid(frame, labels, names) for frame in frames]
+            pages[0].save(temporary, "WebP", save_all=True, append_images=pages[1:], duration=125,
+                          loop=0, lossless=True)
     print(f"wrote {path}")
 
 
-def write_npz(path: Path, files: list[Path], labels: list[int], frames: int):
+def write_npz(path: Path, images, labels: list[int], config: sid2.Config):
     """arr_0 (N, H, W, 3) uint8, of clips (N, frames, H, W, 3), and arr_1 (N,) int64, in the order
-    of the seeds."""
-    shape = read_png(files[0], frames).shape
-    shape = (len(files), *(shape if frames > 1 else shape[1:]))
+    of the seeds. One image after the other: 50,000 of 256 px are 9.8 GB."""
+    size, frames = config.image_size, config.frames
+    shape = (len(labels), *[frames] * (frames > 1), size, size, 3)
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as out:
             header = dict(descr="|u1", fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(out, header)
-            for file in files:
-                out.write(read_png(file, frames).tobytes())
+            for image in images:
+                out.write(image.tobytes())
         with archive.open("arr_1.npy", "w") as out:
             np.lib.format.write_array(out, np.asarray(labels))
 
@@ -249,13 +243,11 @@ def draw_trajectory(folder: Path, net, config: sid2.Config, seeds: list[int], la
     """For each seed a row of z and one of x_hat, at eight noise levels from t = 1 to the sample.
     The heading says logsnr, with a star where the step was guided."""
     logsnr, guided = sid2.sampling_grid(config)
-    shown = sorted(set(np.linspace(0, len(logsnr) - 1, 8).round().astype(int).tolist()))
+    shown = np.unique(np.linspace(0, len(logsnr) - 1, 8).round().astype(int)).tolist()
     steps = sid2.sample_steps(net, config, seeds, torch.tensor(labels, device=device))
     kept = [(to_uint8(z.clamp(-1, 1)), to_uint8(x_hat))
             for i, (z, x_hat) in enumerate(steps) if i in shown]
-    heading = ["logsnr"]
-    for i in shown:
-        heading.append(f"{logsnr[i]:.1f}*" if guided[i] else f"{logsnr[i]:.1f}")
+    heading = ["logsnr", *(f"{logsnr[i]:.1f}{'*' * guided[i]}" for i in shown)]
     rows = []
     for i, seed in enumerate(seeds):
         rows.append((f"seed {seed}: z", [z[i] for z, _ in kept]))

@@ -6,8 +6,6 @@
 
 The same command again goes on from the last checkpoint, on a CPU bit for bit. SIGTERM or Ctrl-C
 finishes the step, saves and ends; a second Ctrl-C does not wait.
-
-First comes the loop, then the run (command line, processes, folder, pictures), then the data.
 """
 
 import argparse
@@ -15,19 +13,20 @@ import contextlib
 import copy
 import functools
 import inspect
-import json
+import itertools
 import math
-import multiprocessing
 import os
 import re
-import shutil
 import signal
 import struct
 import sys
 import tarfile
 import time
 import zipfile
-from dataclasses import asdict, fields, replace
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,9 +36,8 @@ os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import sid2
@@ -51,359 +49,140 @@ import sid2
 def main():
     args = parse()
     rank, world, device = setup(args.device)
-    config, data = configure(args, world)
+    config, data = configure(args, world, device)
+    precision, autocast = choose_precision(device, args.precision)
     local = config.batch // world  # images, or clips, of this process per step
     micro = args.micro_batch or local  # of these, on the device at once
     counted = local * (config.frames - config.given)  # frames that the loss is a mean of
-    precision = choose_precision(device, args.precision)
-    autocast = autocast_of(device, precision)
-    run = Run(args, config, data, rank, world, device, precision)
 
     torch.manual_seed(args.seed)
     net = sid2.ResidualUViT(config).to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), config.lr, config.betas, config.adam_eps,
                                  fused=True)
-    start = run.resume(net, ema, optimizer)
+    run = Run(args, config, data, rank, world, device, precision, net=net, ema=ema,
+              optimizer=optimizer)
+    start = run.resume()
     net.checkpointing = args.checkpointing
     if args.compile or args.compile is None and device.type == "cuda":
         net.compile(dynamic=False, fullgraph=True)
     model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
-    batches = Batches(data, config, args.seed, rank * local, local)
-    loader = open_loader(batches, start, args.workers, device)
     generator = torch.Generator(device)
+    make = functools.partial(make_batch, data, config, args.seed, rank * local, local,
+                             pin=device.type == "cuda")
+    batches = in_order(make, range(start, config.steps), args.workers)
     model.train()
 
-    with run.progress(loader, start) as bar:
-        for step, batch in enumerate(bar, start):
+    with contextlib.closing(batches), run.bar:
+        for step, (batch, waited) in enumerate(batches, start):
             torch.manual_seed(args.seed + 1_000_003 * step + rank)  # dropout
             optimizer.param_groups[0]["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
             loss = torch.zeros((), device=device)
-            for k in range(0, local, micro):
-                *tensors, seeds = (whole[k : k + micro] for whole in batch)
-                # images, labels and times (clips, frames, ...) become (B, ...)
-                x, y, t = (w.to(device, non_blocking=w.is_pinned()).flatten(0, 1) for w in tensors)
-                x = from_uint8(x)
-                eps = noise(seeds.tolist(), x, generator)
-                model.require_backward_grad_sync = k + micro == local  # DDP averages once a step
-                with autocast:
-                    share = sid2.training_loss(model, config, x, y, t, eps).sum() / counted
-                share.backward()
+            parts = list(zip(*(whole.split(micro) for whole in batch)))
+            for part in parts:
+                x, y, t, eps = to_device(part, device, generator)
+                with averaging(model, last=part is parts[-1]):
+                    with autocast:
+                        losses = sid2.training_loss(model, config, x, y, t, eps)
+                    share = losses.sum() / counted
+                    share.backward()
                 loss += share.detach()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip or math.inf)
-            optimizer.found_inf = 1 - norm.isfinite().float()  # 1: fused Adam skips the step
-            if device.type == "mps" and optimizer.found_inf:  # MPS's fused Adam ignores it
-                optimizer.zero_grad()
-            optimizer.step()
-            optimizer.zero_grad()
+            step_if_finite(optimizer, norm)
             sid2.ema_update(ema, net, step, config.ema)
-
-            if run.record(step + 1, loss, norm, net, ema, optimizer):  # a signal came
+            if run.record(step + 1, loss, norm, waited):  # a signal came
                 break
-    run.finish()
+    run.finish(start)
 
 
-def noise(seeds: list[int], x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """eps, shaped as x: that of each image or clip from its own seed, whatever its batch or
-    process."""
-    shape = (len(x) // len(seeds), *x.shape[1:])
-    return torch.cat([torch.randn(shape, device=x.device, generator=generator.manual_seed(seed))
-                      for seed in seeds])
+def averaging(model: torch.nn.Module, last: bool):
+    """Of several processes, gradients are averaged at the last part of a step, all at once."""
+    several = isinstance(model, DistributedDataParallel)
+    return model.no_sync() if several and not last else contextlib.nullcontext()
 
 
-class Batches(Dataset):
-    """Item n is this process's share of step n: uint8 images (B, frames, H, W, 3), labels and times
-    (B, frames), seeds (B,). B counts clips; an image is a clip of one frame.
+def step_if_finite(optimizer: torch.optim.Adam, norm: torch.Tensor):
+    """A step of Adam if the gradient's norm is finite. Nothing waits for the device to know: where
+    found_inf is 1, the fused kernel itself leaves weights and moments as they are."""
+    optimizer.found_inf = 1 - norm.isfinite().float()
+    optimizer.step()
+    optimizer.zero_grad()
 
-    Everything random at step n is drawn from (seed, n), for the whole batch of all processes; each
-    takes its share. So a restart needs no random state, and the number of processes changes nothing
-    (only dropout draws anew in each).
+
+# --------------------------------------------------------------------------------------------------
+# 2. Batches
+
+
+def make_batch(data, config: sid2.Config, seed: int, first: int, count: int, step: int,
+               pin: bool = False) -> list[torch.Tensor]:
+    """Clips first, ..., first + count - 1 of the batch of `step`: uint8 images (count, frames, H,
+    W, 3), labels and times (count, frames), seeds of the noise (count,). pin: for CUDA.
+
+    Everything random is drawn from (seed, step), for the whole batch of all processes; each takes
+    its share. So a restart needs no random state, and the number of processes changes nothing.
     """
-
-    def __init__(self, data, config: sid2.Config, seed: int, first: int, count: int):
-        self.data, self.config, self.seed = data, config, seed
-        self.place = np.arange(first, first + count)  # of this process's share in the whole batch
-        self.epoch, self.order = None, None
-
-    def __len__(self) -> int:
-        return self.config.steps
-
-    def clip_of(self, number: int) -> int:
-        """Index in the data of the run's clip `number`; each epoch visits all, in a new order."""
-        epoch, place = divmod(number, len(self.data.labels))
-        if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, 1, epoch])
-            self.epoch, self.order = epoch, rng.permutation(len(self.data.labels))
-        return self.order[place]
-
-    def __getitem__(self, step: int):
-        try:
-            return self.make(step)
-        except (LocalError, OSError) as error:  # for the training process to raise
-            return error
-
-    def make(self, step: int) -> tuple[torch.Tensor, ...]:
-        config, place = self.config, self.place
-        rng = np.random.default_rng([self.seed, 0, step])
-        start = rng.random()
-        flip = rng.random(config.batch)[place] < 0.5 * config.flip
-        drop = rng.random(config.batch)[place] < config.label_dropout
-        window = rng.random(config.batch)[place]  # where in its clip it begins: see Data.clips
-        numbers = step * config.batch + place  # of the clips, counted over the run
-        clips = np.array([self.clip_of(number) for number in numbers])
-        images, labels = self.data.clips(clips, window, config.frames)
-        images = np.where(flip[:, None, None, None, None], images[..., ::-1, :], images)
-        y = np.where(drop | (config.num_classes == 0), config.num_classes, labels)
-        t = sid2.low_discrepancy_times(config.batch, start)[place]
-        # noise seeds: consecutive in a run; Knuth's multiplier sets nearby --seeds far apart
-        seeds = ((self.seed + 1) * 2654435761 % 2**32 + numbers) % 2**32
-        y, t = (each[:, None].repeat(1, config.frames) for each in (torch.from_numpy(y), t))
-        return torch.from_numpy(images), y, t, torch.from_numpy(seeds)
+    rng, place = np.random.default_rng([seed, 0, step]), np.arange(first, first + count)
+    start = rng.random()
+    flip = rng.random(config.batch)[place] < 0.5 * config.flip
+    drop = rng.random(config.batch)[place] < config.label_dropout
+    windows = rng.random(config.batch)[place]  # where in its clip each begins: see Data
+    numbers = step * config.batch + place  # of the clips, counted over the run
+    size = len(data.labels)
+    clips = [order_of_epoch(seed, n // size, size)[n % size] for n in numbers.tolist()]
+    images, labels = read_clips(data, clips, windows, config.frames)
+    images = np.where(flip[:, None, None, None, None], images[..., ::-1, :], images)
+    y = np.where(drop | (config.num_classes == 0), config.num_classes, labels)
+    t = sid2.low_discrepancy_times(config.batch, start)[place]
+    y, t = (each[:, None].repeat(1, config.frames) for each in (torch.from_numpy(y), t))
+    # noise seeds: consecutive in a run; Knuth's multiplier sets nearby --seeds far apart
+    seeds = ((seed + 1) * 2654435761 % 2**32 + numbers) % 2**32
+    batch = [torch.from_numpy(images), y, t, torch.from_numpy(seeds)]
+    return [whole.pin_memory() for whole in batch] if pin else batch
 
 
-def open_loader(batches: Batches, start: int, workers: int | None, device) -> DataLoader:
-    """The items of `batches` from step `start` on; on CUDA in memory that is copied from fast."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
-    if workers is None:
-        workers = min(8, os.cpu_count() // processes) if device.type == "cuda" else 1
-    config, shared = batches.config, Path("/dev/shm")  # by which loader processes hand over items
-    item = len(batches.place) * config.frames * 3 * config.image_size**2
-    needed = processes * workers * 2 * item  # each has two under way
-    if shared.is_dir() and shutil.disk_usage(shared).free < needed:  # they would wait for ever
-        raise InputError(f"{shared} has less than the {needed / 1e6:.0f} MB free that --workers "
-                         f"{workers} needs: allow more (docker: --shm-size), or give --workers 0")
-    return DataLoader(batches, batch_size=None, sampler=range(start, len(batches)),
-                      num_workers=workers, worker_init_fn=deaf, pin_memory=device.type == "cuda")
+@functools.lru_cache(maxsize=2)
+def order_of_epoch(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Each epoch visits all clips, in a new order."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(size)
 
 
-def deaf(_):
-    """A loader process leaves signals to the process that it works for."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-# --------------------------------------------------------------------------------------------------
-# 2. The run: errors, processes, command line
-
-
-class InputError(Exception):
-    """What the user can mend: one line says what came, what is allowed, what to do."""
-
-
-class LocalError(InputError):
-    """The same, but met by one process alone: an image, or its GPU."""
-
-
-def guarded(main):
-    """Runs the main function of a script. What the user can mend ends it with one line of error and
-    exit code 2; SIGTERM is like Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code, message = 2, ""
+def in_order(make: Callable, steps: Iterable[int], workers: int) -> Iterator[tuple]:
+    """make(step) of these steps in their order, and the seconds that it was waited for. It is made
+    ahead in threads: Pillow and NumPy leave Python's lock while they work. What a thread raises is
+    raised here."""
+    pool = ThreadPoolExecutor(workers)
     try:
-        main()
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted; what was written before is whole"
-    except InputError as error:
-        message = str(error)
-        if not isinstance(error, LocalError) and os.environ.get("LOCAL_RANK", "0") != "0":
-            raise SystemExit(code)  # the first process of this machine says the same
-    except OSError as error:  # no space, no permission, a disk that went away
-        message = f"cannot read or write: {error}; what was written before is whole"
-    except (torch.OutOfMemoryError, MemoryError):
-        message = "out of memory: --batch, in train.py --micro-batch, takes fewer images at once"
+        futures = (pool.submit(make, step) for step in steps)
+        ahead = deque(itertools.islice(futures, 2 * workers))
+        while ahead:
+            begun = time.perf_counter()
+            batch = ahead.popleft().result()
+            yield batch, time.perf_counter() - begun
+            ahead.extend(itertools.islice(futures, 1))
     finally:
-        end_loaders()
-    if message:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-        raise SystemExit(code)
-    if dist.is_initialized():  # all processes end together
-        agree()
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # gloo's threads may abort while Python shuts down, so it does not
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def end_loaders():
-    """Kills the loader processes that an error has left. They ignore SIGTERM, which Python sends at
-    exit before it waits for them; it would wait for ever."""
-    if loaders := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-        for loader in loaders:
-            loader.kill()
-
-
-def setup(name: str) -> tuple[int, int, torch.device]:
-    """Rank, number of processes, device; joins the process group if torchrun has set RANK."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if name == "auto":  # MPS has no process group
-        mps = torch.backends.mps.is_available() and world == 1
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise LocalError(f"--device {name} cannot be used by process {local_rank} here: {reason}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means float32, in convolutions too
-        torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ:
-        # agree() is on the CPU, by gloo; two hours, as the others wait while the first draws
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return rank, world, device
-
-
-def agree(flag: bool = False) -> bool:
-    """True if `flag` is true in any process. No process returns before all have called."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(float(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags.item() > 0
-
-
-def choose_precision(device: torch.device, precision: str) -> str:
-    """bf16 or fp32; auto is bf16 where the hardware multiplies it."""
-    if precision != "auto":
-        return precision
-    if device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if fast else "fp32"
-
-
-def autocast_of(device: torch.device, precision: str) -> torch.autocast:
-    """bf16: autocast around float32 weights. fp32: nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong flags end like every other bad input, and a flag must be written in full."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str):
-        raise InputError(f"{message} (--help lists the flags)")
-
-
-def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--preset", choices=sid2.PRESETS, default="shapes", metavar="NAME",
-        help=f"{', '.join(sid2.PRESETS)}; `python sid2.py` shows them")
-    add("--data", help="shapes, cifar10, a folder of images or an npz; default: the preset's own")
-    add("--out", help="folder of the run; default: runs/PRESET")
-    add("--skip-bad", action="store_true", help="instead of an unreadable image take the next one")
-    add("--init-from", help="start from the EMA weights of this run, whose trunk must fit")
-    add("--seed", type=int, default=0)
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-        help="auto: bf16 where the hardware multiplies it")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
-    add("--micro-batch", type=int, help="images, or clips, at once in a process; default: all")
-    add("--checkpointing", type=int, nargs="*", default=(), metavar="LEVEL",
-        help="compute activations again at these levels (0 is the top; none named: all): less "
-        "memory, slower")
-    add("--workers", type=int, help="loader processes; default: up to 8 on CUDA, else 1")
-    add("--log-every", type=int, default=50, help="steps between rows of the log")
-    add("--sample-every", type=int, default=1000, help="steps between pictures; 0: never")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints; 0: never")
-    group = parser.add_argument_group("fields of sid2.Config; default: the preset's")
-    # the comment beside each field of sid2.Config is the help of its flag
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(sid2.Config), re.M))
-    for field in fields(sid2.Config):
-        flag = f"--{field.name.replace('_', '-')}"
-        value = getattr(sid2.PRESETS["shapes"], field.name)
-        note = comments[field.name]
-        if isinstance(value, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=note)
-        elif isinstance(value, tuple):
-            number = "+" if field.name == "channels" else len(value)
-            group.add_argument(flag, type=type(value[0]), nargs=number, help=note)
-        else:
-            group.add_argument(flag, type=type(value), help=note)
-    return parser.parse_args()
-
-
-def configure(args: argparse.Namespace, world: int):
-    """The configuration, of the preset, the flags and the classes of the data; and the data."""
-    preset = sid2.PRESETS[args.preset]
-    chosen = {}
-    for field in fields(preset):
-        value = getattr(args, field.name)
-        if value is not None:
-            chosen[field.name] = tuple(value) if isinstance(value, list) else value
-    config = replace(preset, **chosen)
-    if args.checkpointing == []:  # the flag without a level; () without the flag
-        args.checkpointing = range(len(config.channels))
-    check(config, world=world, **vars(args))
-    own = dict(shapes="shapes", moving="shapes", cifar10="cifar10")  # data of a preset
-    name = args.data or own.get(args.preset)
-    if not name:
-        raise InputError(f"--preset {args.preset} needs --data: shapes, a folder or an npz")
-    data = open_data(name, config.image_size, args.seed, args.skip_bad, config.frames)
-    if args.num_classes and args.num_classes != len(data.classes):
-        raise InputError(f"--num-classes {args.num_classes}: {data.name} has {len(data.classes)} "
-                         "classes; 0 trains without them")
-    if config.num_classes > 0:
-        config = replace(config, num_classes=len(data.classes))
-    return config, data
-
-
-def check(config: sid2.Config, **flags):
-    """The rules whose breach torch would report late or unclearly; flags: those of the script."""
-    values, channels = flags | asdict(config), config.channels
-    unit = config.patch_size * 2 ** (len(channels) - 1)
-    part = values.get("world", 1) * (values.get("micro_batch") or 1)
-    rules = [
-        ("patch_size head_width frames noise_low steps batch sample_steps log_every micro_batch",
-         "must be at least 1", lambda n: n >= 1),
-        ("middle num_classes noise_high lr warmup adam_eps clip sample_every save_every "
-         "workers", "must not be negative", lambda n: n >= 0),
-        ("seed", "must be at least 0 and below 2^32", lambda n: 0 <= n < 2**32),
-        ("dropout ema label_dropout gamma", "must lie in [0, 1]", lambda n: 0 <= n <= 1),
-        ("bias guidance", "must be finite", math.isfinite),
-        ("given", f"must be at least 0 and below frames, {config.frames}",
-         lambda n: 0 <= n < config.frames),
-        ("depth", "must not be negative", lambda pair: min(pair) >= 0),
-        ("betas", "must lie in [0, 1)", lambda pair: 0 <= min(pair) <= max(pair) < 1),
-        ("width", "must be even and positive", lambda n: n > 0 and n % 2 == 0),
-        ("interval", "needs the lower number first", lambda pair: pair[0] < pair[1]),
-        ("blocks", f"needs a letter R or T for each of the {len(channels)} channels",
-         lambda kinds: set(kinds) <= set("RT") and len(kinds) == len(channels) > 0),
-        ("channels", f"must be positive, at T levels multiples of head_width {config.head_width}",
-         lambda widths: all(n > 0 and (kind == "R" or n % config.head_width == 0)
-                            for n, kind in zip(widths, config.blocks))),
-        ("image_size", f"must be a multiple of {unit}, patch_size times 2 per lower level",
-         lambda n: n > 0 and n % unit == 0),
-        ("batch", f"must be a multiple of {part}, the number of processes times micro_batch",
-         lambda n: n % part == 0),
-        ("checkpointing", f"must be levels 0 to {len(channels) - 1}",
-         lambda levels: set(levels) <= set(range(len(channels)))),
-        ("sampler", "must be ddpm or ddim", lambda name: name in ("ddpm", "ddim")),
-    ]
-    for names, rule, holds in rules:
-        for name in names.split():
-            if values.get(name) is not None and not holds(values[name]):
-                raise InputError(f"{name} {rule}, got {values[name]}")
+def to_device(part: tuple, device: torch.device, generator: torch.Generator):
+    """x, y, t and eps (B, ...) on the device, of clips (clips, frames, ...). The noise of each clip
+    comes from its own seed, whatever its batch or process."""
+    *tensors, seeds = part
+    images, y, t = (w.to(device, non_blocking=w.is_pinned()).flatten(0, 1) for w in tensors)
+    x = from_uint8(images)
+    shape = (len(x) // len(seeds), *x.shape[1:])  # of a clip
+    eps = [torch.randn(shape, device=device, generator=generator.manual_seed(seed))
+           for seed in seeds.tolist()]
+    return x, y, t, torch.cat(eps)
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. The run: its folder
+# 3. The run's folder
 
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A temporary name beside `path`, which takes its place when all has gone well and is on the
-    disk. So nobody reads half a file, and what was there stays if the disk is full or power fails.
-    """
+    """A temporary name beside `path`, which takes its place once all is on the disk: nobody reads
+    half a file, and what was there stays if the disk is full or power fails."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         yield temporary
@@ -414,67 +193,38 @@ def replacing(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-def write_state(path: Path, state: dict):
-    """torch.save, but a full disk is called by its name: torch hides the file's own error."""
-    try:
-        with open(path, "wb") as file:
-            torch.save(state, file)
-    except RuntimeError as error:
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
-
-
-def write_json(path: Path, value):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
-
-
-def check_settings(file: Path, settings: dict, free: tuple = ()):
-    """Raises InputError unless the folder of `file` is new or empty, or `file` holds the same
-    settings; those named in `free` may differ."""
-    if not file.is_file():
-        folder = file.parent
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} exists and has no {file.name}: give another --out")
-        return
-    try:
-        before = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError):
-        raise InputError(f"{file} is damaged: restore it, or give another --out")
-    settings = json.loads(json.dumps(settings))  # as they are read back
-    if before.keys() != settings.keys():
-        raise InputError(f"{file} is of another version of this code: give another --out")
-    differ = [f"{key} {before[key]} -> {value}" for key, value in settings.items()
-              if key not in free and before[key] != value]
+def refuse_others(folder: Path, before: dict, now: dict, free: tuple = ()):
+    """Only the same settings go on in a folder; those in `free` may differ."""
+    differ = [f"{key} {before.get(key)} -> {value}"[:99] for key, value in now.items()
+              if key not in free and before.get(key) != value]
     if differ:
-        raise InputError(f"{file.parent} was made with other settings ({', '.join(differ)}): give "
+        raise InputError(f"{folder} was made with other settings ({', '.join(differ)}): give "
                          "another --out, or the same flags")
 
 
+def is_taken(folder: Path) -> bool:
+    """Something lies there, besides hidden files."""
+    return folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir())
+
+
+CHECKPOINT = "a checkpoint of this version of train.py"
+
+
 def load_checkpoint(path: str | Path) -> dict:
-    """The checkpoint at `path`, or in the run folder `path`: config, classes, data, step, seconds,
-    skipped, and the states of net, ema and optimizer. What it holds is never executed."""
+    """The checkpoint at `path`, or in the run folder `path`, as Run.save writes it. What it holds
+    is never executed."""
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise InputError(f"no checkpoint at {path}: give the folder or the checkpoint.pt of a run "
                          "of train.py")
-    try:
+    with reading(file, CHECKPOINT):
         state = torch.load(file, map_location="cpu", weights_only=True)
-        known = {field.name for field in fields(sid2.Config)}
-        if set(state["config"]) != known:
-            raise InputError(f"{file} was written by another version of this code: train again")
+        other = set(state["config"]) ^ {field.name for field in fields(sid2.Config)}
+        if other:
+            raise ValueError(f"of another version: {', '.join(sorted(other))}")
         state["config"] = sid2.Config(**state["config"])
-        with torch.device("meta"):
-            net = sid2.ResidualUViT(state["config"])
-        for name in ("net", "ema"):  # raises if the weights do not fit the configuration
-            weights = dict(state[name])  # a copy: assign=True marks the dict that it is given
-            net.load_state_dict(weights, assign=True)
-        return {key: state[key] for key in ("config", "classes", "data", "step", "seconds",
-                                            "skipped", "net", "ema", "optimizer")}
-    except (InputError, PermissionError, MemoryError):
-        raise
-    except Exception as error:  # what torch.load raises has no narrower common type
-        raise InputError(f"{file} is truncated or no checkpoint of train.py "
-                         f"({type(error).__name__})")
+        check(state["config"])
+    return state
 
 
 def init_from(path: str, net: sid2.ResidualUViT) -> str:
@@ -492,183 +242,180 @@ def init_from(path: str, net: sid2.ResidualUViT) -> str:
 
 
 class Run:
-    """A run's folder, which the first process alone writes: config.json, log.csv, checkpoint.pt and
-    samples/STEP.png."""
+    """A run's folder, which the first process alone writes: checkpoint.pt, log.csv, and
+    samples/STEP.png. The checkpoint holds the settings and the rows of the log too."""
 
-    columns = ("step images loss grad_norm lr skipped images_per_second tflops gigabytes data_wait "
-               "seconds").split()
+    columns = ("step,images,loss,grad_norm,lr,skipped,images_per_second,tflops,gigabytes,data_wait,"
+               "seconds")
 
-    def __init__(self, args, config: sid2.Config, data, rank: int, world: int, device, precision):
+    def __init__(self, args, config: sid2.Config, data, rank: int, world: int, device, precision,
+                 **parts):
         self.args, self.config, self.data = args, config, data
-        self.rank, self.world, self.device = rank, world, device
+        self.rank, self.world, self.device, self.precision = rank, world, device, precision
+        self.parts = parts  # net, ema and optimizer
         self.folder = Path(args.out or f"runs/{args.preset}")
-        self.classes = data.classes if config.num_classes else []
-        self.precision = precision
+        self.file = self.folder / "checkpoint.pt"
         self.unit = "image" if config.frames == 1 else "clip"
         self.parameters, self.gmac = sid2.count(config)
-        self.seconds, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
-        self.done, self.waited, self.signals = 0, 0.0, 0
+        self.settings = dict(
+            config=asdict(config), data=data.name, images=len(data.labels), precision=precision,
+            classes=data.classes if config.num_classes else [], seed=args.seed,
+            init_from=args.init_from)
+        self.done, self.seconds, self.skipped, self.rows = 0, 0.0, 0, []
         self.history = []  # loss and norm of the gradient of each step since the last row
-        self.settings = asdict(config) | dict(
-            data=data.name, images=len(data.labels), classes=self.classes, seed=args.seed,
-            precision=precision, init_from=args.init_from)
-        file = self.folder / "config.json"
-        if (self.folder / "checkpoint.pt").exists() or not file.is_file():  # else it begins anew
-            check_settings(file, self.settings, free=("steps", "data"))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        self.waited, self.signals = 0.0, 0
 
-    def resume(self, net: torch.nn.Module, ema: torch.nn.Module, optimizer) -> int:
-        """The step to start from; fills all three from the checkpoint, if there is one."""
-        said = f"a new run in {self.folder}"
-        if os.path.lexists(self.folder / "checkpoint.pt"):
-            state = load_checkpoint(self.folder)
-            net.load_state_dict(state["net"])
-            ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            self.done, self.seconds = state["step"], state["seconds"]
-            self.skipped = state["skipped"]
+    def resume(self) -> int:
+        """The step to start from, which is the checkpoint's; begins the folder if there is none. A
+        run that has not done a step begins anew."""
+        found, said = os.path.lexists(self.file), f"a new run in {self.folder}"
+        state = load_checkpoint(self.file) if found else dict(step=0)
+        if state["step"] > 0:
+            self.restore(state)
             said = f"resumed at step {self.done}"
+        elif not found and is_taken(self.folder):
+            raise InputError(f"{self.folder} holds files but no checkpoint: give another --out")
         elif self.args.init_from:
-            said = init_from(self.args.init_from, net)
-            ema.load_state_dict(net.state_dict())
+            said = init_from(self.args.init_from, self.parts["net"])
+            self.parts["ema"].load_state_dict(self.parts["net"].state_dict())
         if agree(self.done > 0) and agree(self.done == 0):  # some see it, some do not
-            raise InputError(f"not all processes see the checkpoint in {self.folder}: it must be "
-                             "on a disk that all share")
+            raise InputError(f"{self.file} must be on a disk that all processes share")
         if self.rank == 0:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", self.settings)
-            self.open_log()
-            print(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per "
-                  f"{self.unit}; {self.world} x {self.device}, {self.precision}, torch "
-                  f"{torch.__version__}")
-            print(f"data: {self.data.name}, {len(self.data.labels)} {self.unit}s, "
-                  f"{len(self.data.classes)} classes")
-            print(said)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.done == 0:  # the checkpoint of a run without a step is not its own
+                self.file.unlink(missing_ok=True)
+                if self.args.save_every:
+                    self.save()
+            with replacing(self.folder / "log.csv") as temporary:
+                temporary.write_text("\n".join([self.columns, *self.rows]) + "\n")
+        self.introduce(said)
+        on_signals(self.on_signal)
+        self.bar = tqdm(total=self.config.steps, initial=self.done, unit="step",
+                        disable=self.rank > 0)
+        self.since = time.perf_counter()
         return self.done
 
-    def open_log(self):
-        """log.csv with the rows up to the checkpoint, open for more."""
-        path = self.folder / "log.csv"
-        lines = path.read_text(errors="replace").splitlines()[1:] if path.is_file() else []
-        kept = [line for line in lines if line.count(",") == len(self.columns) - 1
-                and line.split(",")[0].isdecimal() and int(line.split(",")[0]) <= self.done]
-        with replacing(path) as temporary:
-            temporary.write_text("\n".join([",".join(self.columns), *kept, ""]))
-        self.log_file = open(path, "a", buffering=1)
+    def restore(self, state: dict):
+        """From a checkpoint of the same run; the steps and the place of the data may differ."""
+        refuse_others(self.folder, state | asdict(state["config"]),
+                      self.settings | self.settings["config"], free=("config", "steps", "data"))
+        with reading(self.file, CHECKPOINT):
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.done, self.seconds, self.skipped, self.rows = (
+                state[key] for key in ("step", "seconds", "skipped", "rows"))
 
-    def progress(self, loader: DataLoader, start: int) -> tqdm:
-        """The loader under a progress bar. How long its items were waited for is added up."""
-        self.since = time.perf_counter()
-
-        def timed():
-            begun = time.perf_counter()
-            for item in loader:
-                self.waited += time.perf_counter() - begun
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-                begun = time.perf_counter()
-
-        self.bar = tqdm(timed(), total=self.config.steps, initial=start, unit="step",
-                        disable=self.rank > 0)
-        return self.bar
+    def introduce(self, said: str):
+        """What this run is, in a few lines."""
+        batch, classes, unit = self.config.batch, self.data.classes, self.unit
+        micro = self.args.micro_batch or batch // self.world
+        say(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per {unit}; "
+            f"{self.world} x {self.device}, {self.precision}, torch {torch.__version__}")
+        named = ", ".join(classes[:10] + ["..."] * (len(classes) > 10)) or "none"
+        say(f"data: {self.data.name}, {len(self.data.labels)} {unit}s, {len(classes)} classes: "
+            f"{named}")
+        say(f"batch: {batch} {unit}s = {self.world} x {micro} x {batch // self.world // micro} "
+            "(processes x at once x rounds)")
+        say(f"pictures: {self.folder / 'samples'}\n{said}")
 
     def on_signal(self, number: int, _):
-        """SIGTERM and Ctrl-C: noted for the end of the step. A second Ctrl-C ends the program."""
+        """Noted for the end of the step. A second Ctrl-C ends the program."""
         self.signals += 1
         alone = "RANK" not in os.environ  # torchrun passes on a Ctrl-C that we have had already
         if self.signals > 1 and number == signal.SIGINT and alone:
             raise KeyboardInterrupt
 
-    def record(self, done: int, loss: torch.Tensor, norm: torch.Tensor, net: torch.nn.Module,
-               ema: torch.nn.Module, optimizer) -> bool:
+    def record(self, done: int, loss: torch.Tensor, norm: torch.Tensor, waited: float) -> bool:
         """After each step: logs, saves and draws where that is due, and only then waits for the
         device. Returns whether a signal asks to stop."""
 
         def due(every: int) -> bool:
             return every > 0 and (done % every == 0 or done == self.config.steps)
 
+        self.bar.update()
         self.history.append(torch.stack([loss, norm]))
+        self.waited += waited
         stop = agree(self.signals > 0)
         save, draw = stop or due(self.args.save_every), due(self.args.sample_every)
         if save or draw or due(self.args.log_every):
-            self.log(done, optimizer.param_groups[0]["lr"])
-        if save:
-            self.save(done, net, ema, optimizer)
-        if draw:
-            self.draw(done, ema)
+            self.log(done)
+        if save and self.rank == 0:
+            self.save()
+        if draw and self.rank == 0:
+            self.draw()
+        if save or draw:
+            self.since = time.perf_counter()  # neither was training
         return stop
 
-    def log(self, done: int, lr: float):
+    def log(self, done: int):
         """A row of log.csv, and its short form in the bar."""
         values, self.history = torch.stack(self.history), []
         if self.world > 1:
             dist.all_reduce(values)
         values = values.cpu().numpy() / self.world
         finite = np.isfinite(values[:, 1])  # the gradient of all: the same in every process
-        for step, good in enumerate(finite, done - len(finite) + 1):
-            self.skipped += not good
-            self.skipped_in_a_row = 0 if good else self.skipped_in_a_row + 1
-            if self.skipped_in_a_row == 10:
-                raise InputError(f"ten steps in a row without finite gradients, up to step {step}: "
-                                 "try a lower --lr or --precision fp32 in another --out, from the "
-                                 f"start or with --init-from {self.folder}")
         loss = values[finite, 0].mean() if finite.any() else math.nan
         elapsed = time.perf_counter() - self.since
         rate = (done - self.done) * self.config.batch / elapsed
         tflops = 6e-3 * self.gmac * rate  # 3 passes, 2 operations for each multiply-accumulate
-        peak = ""
-        if self.device.type == "cuda":
-            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
+        cuda = self.device.type == "cuda"
+        peak = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}" if cuda else ""
+        lr = self.parts["optimizer"].param_groups[0]["lr"]
+        self.skipped += int((~finite).sum())
         self.seconds += elapsed
+        row = (f"{done},{done * self.config.batch},{loss:.6g},{values[-1, 1]:.6g},{lr:.4g},"
+               f"{self.skipped},{rate:.1f},{tflops:.4g},{peak},{self.waited / elapsed:.4f},"
+               f"{self.seconds:.1f}")
+        self.rows.append(row)
         if self.rank == 0:
-            row = [done, done * self.config.batch, f"{loss:.6g}", f"{values[-1, 1]:.6g}",
-                   f"{lr:.4g}", self.skipped, f"{rate:.1f}", f"{tflops:.4g}", peak,
-                   f"{self.waited / elapsed:.4f}", f"{self.seconds:.1f}"]
-            self.log_file.write(",".join(map(str, row)) + "\n")
-        self.done, self.waited, self.since = done, 0.0, time.perf_counter()
+            with open(self.folder / "log.csv", "a") as file:
+                file.write(row + "\n")
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} {self.unit}s/s, "
                                  f"{tflops:.3g} TFLOP/s")
+        self.done, self.waited, self.since = done, 0.0, time.perf_counter()
+        if len(finite) >= 10 and not finite.any():
+            raise InputError(f"no finite gradient in {len(finite)} steps, up to step {done}: try a "
+                             "lower --lr or --precision fp32 in another --out, from the start or "
+                             f"with --init-from {self.folder}")
 
-    def save(self, done: int, net: torch.nn.Module, ema: torch.nn.Module, optimizer):
-        """checkpoint.pt: plain types and tensors; right after a row of the log."""
-        if self.rank == 0:
-            os.fsync(self.log_file.fileno())
-            state = dict(config=asdict(self.config), classes=self.classes, data=self.data.name,
-                         step=done, seconds=self.seconds, skipped=self.skipped,
-                         net=net.state_dict(), ema=ema.state_dict(),
-                         optimizer=optimizer.state_dict())
-            with replacing(self.folder / "checkpoint.pt") as temporary:
-                write_state(temporary, state)
-        self.since = time.perf_counter()  # saving is not training
+    def save(self):
+        """checkpoint.pt: plain types and tensors, as of the last row of the log."""
+        state = dict(step=self.done, seconds=self.seconds, skipped=self.skipped, rows=self.rows)
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        with replacing(self.file) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(self.settings | state, file)
+            except RuntimeError as error:  # torch hides a full disk
+                raise error.__context__ if isinstance(error.__context__, OSError) else error
 
-    def draw(self, done: int, ema: torch.nn.Module):
+    def draw(self):
         """samples/STEP.png: always the same seeds and classes, from the averaged weights."""
-        if self.rank == 0:
-            shown = shown_classes(self.config.num_classes)
-            seeds = list(range(8 * len(shown)))
-            data = self.data if self.config.given else None
-            labels = choose_labels(seeds, shown, self.config.num_classes, data)
-            with autocast_of(self.device, self.precision):
-                batches = sample_images(ema, self.config, seeds, labels, self.device, 64, data)
-                images = np.concatenate([images for _, images in batches])
-            with replacing(self.folder / f"samples/{done:07d}.png") as temporary:
-                grid(images, labels, self.classes, self.config.given).save(temporary, "PNG")
-        self.since = time.perf_counter()
+        config, shown = self.config, shown_classes(self.config.num_classes)
+        seeds = list(range(8 * len(shown)))
+        data = self.data if config.given else None
+        labels = choose_labels(seeds, shown, config.num_classes, data)
+        with choose_precision(self.device, self.precision)[1]:
+            batches = sample_images(self.parts["ema"], config, seeds, labels, self.device, 64, data)
+            images = np.concatenate([images for _, images in batches])
+        path = self.folder / "samples" / f"{self.done:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            grid(images, labels, self.settings["classes"], config.given).save(temporary, "PNG")
 
-    def finish(self):
-        if self.rank == 0:
-            minutes = self.seconds / 60
-            print(f"{self.done} of {self.config.steps} steps done in {minutes:.1f} minutes")
-            if (self.folder / "checkpoint.pt").exists():
-                print(f"`python sample.py {self.folder}` draws samples")
-            if self.done < self.config.steps:
-                print("stopped by a signal: the same command goes on")
+    def finish(self, start: int):
+        steps, minutes = self.config.steps, self.seconds / 60
+        if self.done == start:
+            say(f"nothing was left to do: the run stands at step {start}, and --steps is {steps}")
+        else:
+            say(f"{self.done} of {steps} steps done in {minutes:.1f} minutes")
+        if self.file.exists():
+            say(f"`python sample.py {self.folder}` draws samples")
+        if self.done < steps:
+            say("stopped by a signal: the same command goes on")
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. The run: its pictures
+# 4. Pictures
 
 
 def from_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -682,32 +429,26 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 
 def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int], device,
-                  batch: int, data=None, hide_bar: bool = False):
+                  batch: int, data=None):
     """Yields seeds and their images (B, frames, H, W, 3) uint8. All batches have one size: the last
     is filled up, as a compiled network would be compiled again for a smaller one. data: clips whose
     first frames are given; seed i takes clip i, modulo their number."""
     batches = max(1, math.ceil(len(seeds) / batch))
-    size = max(1, math.ceil(len(seeds) / batches))
-    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} samples [{elapsed}<{remaining}]"
-    with tqdm(total=len(seeds) * config.sample_steps, unit_scale=1 / config.sample_steps,
-              bar_format=form, disable=hide_bar or not seeds,
-              leave=None) as bar:  # stays on the screen, except below the bar of train.py
-
-        def watched(*inputs):
-            bar.update(len(part))
-            return net(*inputs)
-
+    size, frames, x = max(1, math.ceil(len(seeds) / batches)), config.frames, None
+    hidden = not seeds or os.environ.get("RANK", "0") != "0"
+    with tqdm(total=batches * config.sample_steps, unit="step", disable=hidden, leave=None) as bar:
         for first in range(0, len(seeds), size):
             part, y = seeds[first : first + size], labels[first : first + size]
-            missing = size - len(part)
-            filled = part + part[:1] * missing
-            y = torch.tensor(y + y[:1] * missing, device=device).repeat_interleave(config.frames)
-            x = None
+            filled = (part * size)[:size]
+            y = torch.tensor((y * size)[:size], device=device).repeat_interleave(frames)
             if config.given:
-                clips, _ = data.clips(np.array(filled) % len(data.labels), 0.0, config.frames)
+                numbers = [seed % len(data.labels) for seed in filled]
+                clips, _ = read_clips(data, numbers, [0.0] * size, frames)
                 x = from_uint8(torch.from_numpy(clips).to(device).flatten(0, 1))
-            images = to_uint8(sid2.sample(watched, config, filled, y, x))
-            yield part, images.reshape(size, config.frames, *images.shape[1:])[: len(part)]
+            for _, x_hat in sid2.sample_steps(net, config, filled, y, x):
+                bar.update()
+            images = to_uint8(x_hat)
+            yield part, images.reshape(size, frames, *images.shape[1:])[: len(part)]
 
 
 def choose_labels(seeds: list[int], classes: list, num_classes: int, data=None) -> list[int]:
@@ -766,172 +507,243 @@ def page(rows: list[tuple[str, list[np.ndarray]]], heading: list[str] = ()) -> I
 # 5. The data
 
 
+@dataclass
 class Data:
     """Clips with labels. An image is a clip of one frame.
 
-    labels: int64 (N,); classes: their names, none without labels; lengths: (N,), frames of each
-    clip. read(i, first, frames) gives some frames of clip i, uint8 (frames, H, W, 3), and its
-    label.
+    read(i, window, frames) gives neighbouring frames of clip i, uint8 (frames, H, W, 3). window in
+    [0, 1) says where they begin: 0 as early as they can, near 1 as late. InputError names what
+    cannot be read.
     """
 
-    def __init__(self, name: str, labels: np.ndarray, classes: list[str], lengths):
-        self.name, self.labels, self.classes = name, labels.astype(np.int64), classes
-        self.lengths = np.broadcast_to(lengths, labels.shape)
-
-    def clips(self, numbers: np.ndarray, window=0.0, frames: int = 1):
-        """`frames` neighbours of each of these clips, uint8 (B, frames, H, W, 3), and labels (B,).
-        window: where they begin, in [0, 1): 0 as early as they can, near 1 as late; or (B,)."""
-        first = (window * (self.lengths[numbers] - frames + 1)).astype(np.int64)
-        images, labels = zip(*(self.read(i, j, frames)
-                               for i, j in zip(numbers.tolist(), first.tolist())))
-        return np.stack(images), np.array(labels)
+    name: str
+    labels: np.ndarray  # int64 (N,)
+    classes: list[str]  # their names; none without labels
+    read: Callable
 
 
-def open_data(name: str, size: int, seed: int, skip_bad: bool = False, frames: int = 1) -> Data:
+def window_of(clip, window: float, frames: int):
+    """`frames` neighbours of a sequence: see Data."""
+    begin = int(window * (len(clip) - frames + 1))
+    return clip[begin : begin + frames]
+
+
+def read_clips(data: Data, numbers: Iterable[int], windows: Iterable[float], frames: int = 1):
+    """Frames of these clips, uint8 (B, frames, H, W, 3), and labels (B,). In the place of one that
+    cannot be read comes the next that can; a hundred in a row end the run."""
+    clips, labels = [], []
+    for number, window in zip(numbers, windows):
+        for i in range(number, number + 100):
+            i %= len(data.labels)
+            try:
+                clips.append(data.read(i, window, frames))
+                labels.append(data.labels[i])
+                break
+            except InputError as error:
+                warn_once(f"warning: {error}: the next takes its place")
+                last = error
+        else:
+            raise InputError(f"nothing is left to read in {data.name}: {last}")
+    return np.stack(clips), np.array(labels)
+
+
+@functools.cache
+def warn_once(message: str):
+    tqdm.write(message, file=sys.stderr)
+
+
+def open_data(name: str, size: int, seed: int, frames: int = 1) -> Data:
     """shapes, cifar10, FOLDER or FILE.npz, as images, or clips of `frames` at least, of size x size
     pixels."""
     path = Path(name)
     if name == "shapes":
-        return Shapes(size, seed, frames)
-    if name == "cifar10" and frames == 1:
-        return open_cifar10(size)
+        return open_shapes(size, seed, frames)
+    if name == "cifar10" and (size, frames) == (32, 1):
+        return open_cifar10()
     if path.is_dir():
-        return open_folder(path, functools.partial(cropped_rgb, size=size), skip_bad, frames=frames)
+        return open_folder(path, size, frames)
     if path.is_file() and path.suffix == ".npz":
         return open_labelled_npz(path, size, frames)
-    hint = VIDEO_HINT if path.suffix.lower() in VIDEO_SUFFIXES else ""
-    raise InputError(f"--data {name} cannot be opened: give shapes, cifar10 (images only), a "
-                     f"folder or an .npz file that exists{hint}")
+    raise InputError(f"--data {name} cannot be opened: give shapes, cifar10 (images of 32 px), or "
+                     "a folder or an .npz file that exists")
 
 
-class Shapes(Data):
+SHAPES = {  # inside or not, at a to the right and b down from the centre, in radii
+    "disc": lambda a, b: a**2 + b**2 < 1,
+    "ring": lambda a, b: abs(a**2 + b**2 - 0.65) < 0.35,
+    "square": lambda a, b: np.maximum(abs(a), abs(b)) < 0.85,
+    "triangle": lambda a, b: (b < 0.8) & (b > 2 * abs(a) - 1),
+    "cross": lambda a, b: (np.maximum(abs(a), abs(b)) < 1) & (np.minimum(abs(a), abs(b)) < 0.3),
+    "moon": lambda a, b: (a**2 + b**2 < 1) & ((a - 0.5) ** 2 + b**2 > 0.7),
+}
+
+
+def open_shapes(size: int, seed: int, frames: int = 1) -> Data:
     """A million drawings of six shapes in any place, size and colour, drawn when asked for. In a
     clip a shape moves straight on and bounces off the edges: two frames tell all that follow."""
+    classes = list(SHAPES)
+    labels = np.arange(1_000_000 // frames) % len(classes)
 
-    count = 1_000_000
-    shapes = {  # inside or not, at a to the right and b down from the centre, in radii
-        "disc": lambda a, b: a**2 + b**2 < 1,
-        "ring": lambda a, b: abs(a**2 + b**2 - 0.65) < 0.35,
-        "square": lambda a, b: np.maximum(abs(a), abs(b)) < 0.85,
-        "triangle": lambda a, b: (b < 0.8) & (b > 2 * abs(a) - 1),
-        "cross": lambda a, b: (np.maximum(abs(a), abs(b)) < 1) & (np.minimum(abs(a), abs(b)) < 0.3),
-        "moon": lambda a, b: (a**2 + b**2 < 1) & ((a - 0.5) ** 2 + b**2 > 0.7),
-    }
+    def read(i: int, window: float, frames: int) -> np.ndarray:
+        radius, centres, dark, light = shape_scene(seed, i, frames)
+        return np.stack([draw_shape(classes[labels[i]], size, radius, centre, dark, light)
+                         for centre in centres])
 
-    def __init__(self, size: int, seed: int, frames: int = 1):
-        self.size, self.seed, self.frames = size, seed, frames
-        classes, clips = list(self.shapes), self.count // frames
-        super().__init__("shapes", np.arange(clips) % len(classes), classes, frames)
-
-    def scene(self, clip: int):
-        """Radius, centres in each frame (frames, 2), both in widths of the image, and colours."""
-        rng = np.random.default_rng([self.seed, 2, clip])
-        radius = rng.uniform(0.26, 0.42)
-        if self.frames > 1:
-            radius *= 0.7  # room to move
-        centre = rng.uniform(radius, 1 - radius, 2)  # the whole shape is in the picture
-        dark, light = rng.uniform(0, 0.35, 3), rng.uniform(0.35, 1, 3)
-        light[rng.integers(3)] = 1  # one full channel for contrast
-
-        angle = rng.uniform(0, 2 * math.pi)
-        speed = 0.1 * rng.uniform() ** 2  # widths per frame; slow ones are easier to learn from
-        velocity = speed * np.array([math.cos(angle), math.sin(angle)])
-        room = 1 - 2 * radius
-        inside = abs(centre + velocity - 0.5) <= room / 2
-        velocity = np.where(inside, velocity, -velocity)  # no bounce before the second frame
-        way = centre - radius + np.arange(self.frames)[:, None] * velocity
-        centres = radius + abs((way + room) % (2 * room) - room)  # folded back where it leaves
-        return radius, centres, dark, light
-
-    def draw(self, clip: int, radius: float, centre: np.ndarray, dark, light) -> np.ndarray:
-        fine = max(1, 64 // self.size)  # points per pixel and axis: 4 at 16 px, 1 from 33 px up
-        points = (np.arange(fine * self.size, dtype=np.float32) + 0.5) / (fine * self.size)
-        a, b = (points - centre[0]) / radius, (points[:, None] - centre[1]) / radius
-        inside = self.shapes[self.classes[self.labels[clip]]](a, b)
-        hits = inside.reshape(self.size, fine, self.size, fine).sum((1, 3))  # of a pixel's points
-        share = np.arange(fine**2 + 1)[:, None] / fine**2
-        palette = (255 * (dark + share * (light - dark)) + 0.5).astype(np.uint8)
-        return palette[hits]
-
-    def read(self, i: int, first: int, frames: int) -> tuple[np.ndarray, int]:
-        radius, centres, dark, light = self.scene(i)
-        centres = centres[first : first + frames]
-        return np.stack([self.draw(i, radius, c, dark, light) for c in centres]), self.labels[i]
+    return Data("shapes", labels, classes, read)
 
 
-class Stored(Data):
-    """Images (N, H, W, 3) or clips (N, frames, H, W, 3) in an array, in memory or mapped."""
+def shape_scene(seed: int, clip: int, frames: int):
+    """Radius, centres in each frame (frames, 2), both in widths of the image, and two colours."""
+    rng = np.random.default_rng([seed, 2, clip])
+    radius = rng.uniform(0.26, 0.42)
+    if frames > 1:
+        radius *= 0.7  # room to move
+    centre = rng.uniform(radius, 1 - radius, 2)  # the whole shape is in the picture
+    dark, light = rng.uniform(0, 0.35, 3), rng.uniform(0.35, 1, 3)
+    light[rng.integers(3)] = 1  # one full channel for contrast
 
-    def __init__(self, name: str, images, labels: np.ndarray, classes: list[str]):
-        super().__init__(name, labels, classes, math.prod(images.shape[1:-3]))
-        self.images = images
-
-    def read(self, i: int, first: int, frames: int) -> tuple[np.ndarray, int]:
-        clip = self.images[i].reshape(-1, *self.images.shape[-3:])
-        return clip[first : first + frames], self.labels[i]
-
-
-class Mapped:
-    """A uint8 array in a file, mapped anew at each call: a memmap that is sent to loader processes
-    would carry its whole content there."""
-
-    def __init__(self, path: Path, offset: int, shape: tuple[int, ...]):
-        self.path, self.offset, self.shape, self.dtype = path, offset, shape, np.dtype(np.uint8)
-
-    def __getitem__(self, index) -> np.ndarray:
-        images = np.memmap(self.path, np.uint8, "r", self.offset, self.shape)
-        return np.array(images[index])  # a copy: a view would keep the file open
+    angle = rng.uniform(0, 2 * math.pi)
+    speed = 0.1 * rng.uniform() ** 2  # widths per frame; slow ones are easier to learn from
+    velocity = speed * np.array([math.cos(angle), math.sin(angle)])
+    room = 1 - 2 * radius
+    inside = abs(centre + velocity - 0.5) <= room / 2
+    velocity = np.where(inside, velocity, -velocity)  # no bounce before the second frame
+    way = centre - radius + np.arange(frames)[:, None] * velocity
+    centres = radius + abs((way + room) % (2 * room) - room)  # folded back where it leaves
+    return radius, centres, dark, light
 
 
-class Folder(Data):
-    """Clips in files, decoded when asked for. files: of each clip a path for each frame; the frames
-    of an animation have the same path."""
+def draw_shape(name: str, size: int, radius: float, centre: np.ndarray, dark, light) -> np.ndarray:
+    fine = max(1, 64 // size)  # points per pixel and axis: 4 at 16 px, 1 from 33 px up
+    points = (np.arange(fine * size, dtype=np.float32) + 0.5) / (fine * size)
+    a, b = (points - centre[0]) / radius, (points[:, None] - centre[1]) / radius
+    hits = SHAPES[name](a, b).reshape(size, fine, size, fine).sum((1, 3))  # of a pixel's points
+    share = np.arange(fine**2 + 1)[:, None] / fine**2
+    palette = (255 * (dark + share * (light - dark)) + 0.5).astype(np.uint8)
+    return palette[hits]
 
-    def __init__(self, name: str, files: list[list[Path]], labels: np.ndarray, classes: list[str],
-                 convert, skip_bad: bool):
-        super().__init__(name, labels, classes, [len(paths) for paths in files])
-        self.files, self.convert, self.skip_bad = files, convert, skip_bad
 
-    def read(self, i: int, first: int = 0, frames: int = 1) -> tuple[np.ndarray, int]:
-        """Frames of clip i and its label; with skip_bad, instead of an unreadable clip the next."""
-        for k in range(len(self.files)):
-            clip = (i + k) % len(self.files)
-            files = self.files[clip]
-            begin = min(first, len(files) - frames)  # the next may be shorter
-            try:
-                return self.decode(files, begin, frames), self.labels[clip]
-            except Exception as error:  # Pillow's decoders raise many kinds
-                source = files[0] if files[0] == files[-1] else files[0].parent
-                said = f"{source} cannot be read ({error})"
-            if not self.skip_bad:
-                raise LocalError(f"{said}: repair or remove it; train.py goes on with --skip-bad")
-            print(f"warning: {said}: the next one is taken", file=sys.stderr)
-        raise LocalError(f"nothing in {self.name} can be read")
+def from_array(name: str, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Data:
+    """Images (N, H, W, 3) or clips (N, frames, H, W, 3) in memory, or mapped."""
 
-    def decode(self, files: list[Path], first: int, frames: int) -> np.ndarray:
-        images, sizes = [], set()
-        with contextlib.ExitStack() as opened:
-            for j in range(first, first + frames):
-                if j == first or files[j] != files[j - 1]:  # an animation is opened once
-                    image = opened.enter_context(Image.open(files[j]))
-                image.seek(j if files[0] == files[-1] else 0)
-                images.append(np.asarray(self.convert(image)))
-                sizes.add(image.size)
-        if len(sizes) > 1:
-            raise ValueError(f"its frames have different sizes, {sorted(sizes)}")
-        return np.stack(images)
+    def read(i: int, window: float, frames: int) -> np.ndarray:
+        return window_of(take(images, i).reshape(-1, *images.shape[-3:]), window, frames)
+
+    return Data(name, labels.astype(np.int64), classes, read)
+
+
+SUFFIXES = (".apng .avif .bmp .dib .gif .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .pbm "
+            ".pgm .png .pnm .ppm .tif .tiff .webp").split()
+OTHERS = (".arw .cr2 .dng .exr .hdr .heic .heif .ico .jxl .mkv .mov .mp4 .nef .psd .svg .tga "
+          ".webm").split()  # that one might believe to be read
+
+
+def find_files(top: Path) -> list[str]:
+    """Images in `top` and below, by their names from there on, sorted. Links are followed; hidden
+    files and folders, and those that systems add, are not."""
+    def refuse(error: OSError):  # os.walk would leave the folder out without a word
+        raise error
+
+    files, others = [], Counter()
+    for root, folders, names in os.walk(top, onerror=refuse, followlinks=True):
+        above = {os.path.realpath(parent) for parent in Path(root).parents}
+        loop = os.path.realpath(root) in above  # a link to a folder above is followed once
+        folders[:] = [] if loop else [name for name in folders
+                                      if not name.startswith((".", "@", "__", "lost+found"))]
+        inside = os.path.relpath(root, top)
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES and not name.startswith("."):
+                files.append(name if inside == "." else os.path.join(inside, name))
+            elif suffix in OTHERS and not name.startswith("."):
+                others[suffix] += 1
+    left_out = ", ".join(f"{count} {suffix}" for suffix, count in others.items())
+    if not files:
+        raise InputError(f"no images in {top} and its sub-folders, but {left_out or 'nothing'}: "
+                         f"looked for {' '.join(SUFFIXES)}")
+    if left_out:
+        say(f"left out: {left_out}")
+    return sorted(files, key=lambda name: name.replace(os.sep, "\0"))  # a/x before a-b/x
+
+
+def open_folder(path: Path, size: int | None, frames: int = 1, labelled: bool = True) -> Data:
+    """Images of a folder, nested, or clips: sub-folders of frames, 2 before 10. The immediate
+    sub-folders are the classes; without any it is unlabelled. size: of the centre crop, or None."""
+    files = find_files(path)
+    names, clips = files, [(file,) for file in files]
+    if frames > 1:
+        folders = {}
+        for file in files:
+            folders.setdefault(os.path.dirname(file), []).append(file)
+        names = list(folders)
+        clips = [sorted(folders[name], key=lambda file: (len(file), file)) for name in names]
+        longest, loose = max(map(len, clips)), len(folders.get("", []))
+        if longest < frames or loose:
+            raise InputError(f"a clip is a sub-folder of frames, here of {frames} at least: in "
+                             f"{path} the longest has {longest}, and {loose} lie in none")
+
+    def read(i: int, window: float, frames: int) -> np.ndarray:
+        with reading(path / names[i]):
+            chosen = window_of(clips[i], window, frames)
+            if len(chosen) < frames:
+                raise ValueError(f"it has {len(clips[i])} frames, and {frames} are wanted")
+            images = [read_image(path / file, frames > 1) for file in chosen]
+            if len({image.size for image in images}) > 1:
+                raise ValueError("its frames have different sizes")
+            return np.stack([centre_crop(image, size) if size else image for image in images])
+
+    tops = [sys.intern(name.split(os.sep, 1)[0]) if labelled and os.sep in name else ""
+            for name in names]
+    classes = sorted(set(tops) - {""})
+    if classes and "" in tops:
+        raise InputError(f"{path} has {tops.count('')} images or clips beside its {len(classes)} "
+                         "class folders: put them into classes, or away")
+    number = {name: i for i, name in enumerate(classes or [""])}
+    return Data(str(path), np.array([number[top] for top in tops]), classes, read)
+
+
+def read_image(file: Path, is_frame: bool) -> Image.Image:
+    """The picture of a file in RGB; the first, if there are several."""
+    with reading(file), Image.open(file) as image:
+        if is_frame and getattr(image, "is_animated", False) and image.format != "MPO":
+            raise ValueError("it is an animation: a clip is a folder of frames, each in a file")
+        return to_rgb(image)
+
+
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+         5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright by its EXIF tag; 16-bit grey scaled to 8 bits; transparency laid over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).clip(0, 65535) >> 8
-        image = Image.fromarray(grey.astype(np.uint8))
+    """Upright by its EXIF tag; grey of 12 or 16 bits scaled to 8; transparency laid over white."""
+    image.load()
+    orientation = 1
+    with contextlib.suppress(Exception):  # what cannot be read of EXIF is ignored
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if image.mode[0] in "IF":
+        image = to_8_bits(image)
+    if orientation in TURNS:
+        image = image.transpose(TURNS[orientation])
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Whole numbers of 16 bits, or of as many as a TIFF says. Others have no range that a file
+    tells."""
+    numbers, bits, plain = np.asarray(image), 16, True
+    if image.format == "TIFF":  # bits, whether 0 is black, and whether numbers have a sign
+        tags = image.tag_v2
+        bits, plain = tags[258][0], tags.get(262) == 1 and tags.get(339, (1,)) == (1,)
+    known = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+    if not plain or not known:
+        raise ValueError(f"mode {image.mode}, {bits} bits: only 8, 12 and 16 bits without sign, 0 "
+                         "for black, say what is white")
+    grey = (numbers >> bits - 8).astype(np.uint8)
+    grey[numbers == image.info.get("transparency", -1)] = 255  # over white, as below
+    return Image.fromarray(grey)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -948,173 +760,336 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def cropped_rgb(image: Image.Image, size: int) -> Image.Image:
-    return centre_crop(to_rgb(image), size)
-
-
-SUFFIXES = ".avif .bmp .gif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
-VIDEO_SUFFIXES = ".avi .mkv .mov .mp4 .webm".split()
-VIDEO_HINT = "; videos become folders of frames by `mkdir CLIP && ffmpeg -i CLIP.mp4 CLIP/%05d.png`"
-
-
-def find_files(top: Path, suffixes: list[str] = SUFFIXES) -> list[Path]:
-    """Files below `top` with these suffixes, sorted; links are followed, hidden files and folders
-    are not."""
-    files = []
-    for root, folders, names in os.walk(top, followlinks=True):
-        above = {os.path.realpath(parent) for parent in Path(root).parents}
-        loop = os.path.realpath(root) in above  # a link to a folder above is followed once
-        folders[:] = [] if loop else [name for name in folders if not name.startswith(".")]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in files if path.suffix.lower() in suffixes)
-
-
-def find_clips(files: list[Path], skip_bad: bool) -> dict[Path, list[Path]]:
-    """Clips by the folder of their frames, frame 2 before frame 10, or by the file of an animation.
-    If the first file of a folder is an animation, all are."""
-    folders, clips = {}, {}
-    for file in files:
-        folders.setdefault(file.parent, []).append(file)
-    for folder, members in folders.items():
-        counts = (count_frames(file, skip_bad) for file in members)  # read only as far as needed
-        first = next((count for count in counts if count > 0), 0)  # 0: no file can be read
-        if first == 1:
-            clips[folder] = sorted(members, key=lambda file: (len(file.stem), file.stem))
-        elif first > 1:
-            counted = {file: count_frames(file, skip_bad) for file in members}
-            clips |= {file: [file] * count for file, count in counted.items() if count > 0}
-    return clips
-
-
-def count_frames(file: Path, skip_bad: bool) -> int:
-    """Of an animation; 1 of an image; 0 of what cannot be read, with skip_bad."""
-    try:
-        with Image.open(file) as image:
-            return getattr(image, "n_frames", 1)
-    except Exception as error:  # Pillow's decoders raise many kinds
-        if not skip_bad:
-            raise InputError(f"{file} cannot be read ({error}): repair or remove it; train.py goes "
-                             "on with --skip-bad")
-        print(f"warning: {file} cannot be read ({error})", file=sys.stderr)
-        return 0
-
-
-def open_folder(path: Path, convert, skip_bad: bool = False, labelled: bool = True,
-                frames: int = 1) -> Folder:
-    """Images of a folder, nested, or clips if frames > 1; convert: a Pillow image -> what is taken
-    of it. The immediate sub-folders are the classes; without any it is unlabelled."""
-    files = find_files(path)
-    if not files:
-        hint = VIDEO_HINT if find_files(path, VIDEO_SUFFIXES) else ""
-        raise InputError(f"no images in {path} and its sub-folders: looked for "
-                         f"{' '.join(SUFFIXES)}{hint}")
-    clips = find_clips(files, skip_bad) if frames > 1 else {file: [file] for file in files}
-    if not clips:
-        raise InputError(f"nothing in {path} can be read")
-    for source, members in clips.items():
-        if source == path or len(members) < frames:
-            raise InputError(f"{source} has {len(members)} frames: a clip is a sub-folder of "
-                             f"frames or an animation, here of {frames} at least")
-    parts = [source.relative_to(path).parts for source in clips]
-    names = [part[0] if labelled and len(part) > 1 else "" for part in parts]
-    classes = sorted(set(names) - {""})
-    if classes and "" in names:
-        raise InputError(f"{path} has {names.count('')} images or clips beside its {len(classes)} "
-                         "class folders: put them into classes, or away")
-    labels = np.unique(names, return_inverse=True)[1]  # in the order of the classes
-    return Folder(str(path), list(clips.values()), labels, classes, convert, skip_bad)
-
-
-def open_npz(path: Path, wanted: str = "NHW3") -> dict:
-    """The arrays of an npz by name. arr_0, where it is there, must be uint8 images (N, H, W, 3), or
-    as `wanted` says. Not compressed, it is mapped where it lies; 50,000 images of 256 px are 9.8
-    GB."""
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            arrays = {key: npz[key] for key in npz if key != "arr_0"}
-            if "arr_0" not in npz:
-                return arrays
-            arrays["arr_0"] = map_images(path) or npz["arr_0"]
-        shape, dtype = arrays["arr_0"].shape, arrays["arr_0"].dtype
-        if dtype != np.uint8 or len(shape) != len(wanted) or shape[-1] != 3 or 0 in shape:
-            raise ValueError(f"arr_0 is {dtype} {shape}; wanted: uint8 ({', '.join(wanted)})")
+def open_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz by name. arr_0, the images, is mapped unless it is compressed: 50,000 of
+    256 px are 9.8 GB."""
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} does not exist or is no npz: give a folder of images, or an npz "
+                         "whose arr_0 is uint8 (N, H, W, 3)")
+    with reading(path, "an npz"), np.load(path, allow_pickle=False) as npz:
+        if not all(name.endswith(".npy") for name in npz.zip.namelist()):
+            raise ValueError("it holds other files than arrays")
+        arrays = {key: npz[key] for key in npz if key != "arr_0"}
+        if "arr_0" in npz:
+            stored = npz.zip.getinfo("arr_0.npy").compress_type == zipfile.ZIP_STORED
+            arrays["arr_0"] = map_array(path, "arr_0.npy") if stored else npz["arr_0"]
         return arrays
-    except MemoryError:
-        raise
-    except Exception as error:  # errors of zip, zlib, header and type share no base
-        raise InputError(f"{path} is no npz to read ({error})")
 
 
-def map_images(path: Path) -> Mapped | None:
-    """arr_0 of an npz, mapped; None if it is compressed, or no plain array of bytes."""
+def map_array(path: Path, name: str) -> np.ndarray:
+    """An array of a zip, mapped where it lies."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        member = archive.getinfo("arr_0.npy")
+        member = archive.getinfo(name)
         file.seek(member.header_offset)
         name_length, extra_length = struct.unpack("<26x2H", file.read(30))  # a zip's local header
-        file.seek(name_length + extra_length, os.SEEK_CUR)
-        begin = file.tell()
-        if member.compress_type != zipfile.ZIP_STORED:
-            return None
+        begin = member.header_offset + 30 + name_length + extra_length
+        file.seek(begin)
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if fortran or dtype != np.uint8:
-            return None
-        if begin + member.file_size - file.tell() != math.prod(shape):
-            raise ValueError("arr_0 is not as long as it says: the file is damaged")
-        return Mapped(path, file.tell(), shape)
+        if begin + member.file_size - file.tell() != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} is not as long as it says")
+        if fortran or dtype.hasobject:  # memmap would take the bytes of objects for pointers
+            raise ValueError(f"{name} must hold plain numbers, the last index fastest")
+        return np.memmap(path, dtype, "r", file.tell(), shape)
 
 
-def open_labelled_npz(path: Path, size: int, frames: int) -> Stored:
-    """uint8 arr_0 (N, size, size, 3), or (N, L, size, size, 3) if frames > 1; labels arr_1 (N,)
+def take(images: np.ndarray, index) -> np.ndarray:
+    """images[index]. What is mapped is mapped anew: else all that was ever read would count as
+    memory of this process."""
+    if isinstance(images, np.memmap):
+        images = np.memmap(images.filename, images.dtype, "r", images.offset, images.shape)
+    return np.array(images[index])
+
+
+def held(arrays: dict[str, np.ndarray]) -> str:
+    """What an npz holds, in words."""
+    return ", ".join(f"{k} {value.dtype} {value.shape}" for k, value in arrays.items()) or "nothing"
+
+
+def open_labelled_npz(path: Path, size: int, frames: int) -> Data:
+    """uint8 arr_0 (N, size, size, 3), or (N, L, size, size, 3) if frames > 1, and labels arr_1 (N,)
     where there are any."""
-    arrays = open_npz(path, "NLHW3" if frames > 1 else "NHW3")
-    if "arr_0" not in arrays or arrays.keys() - {"arr_0", "arr_1"}:
-        raise InputError(f"{path} holds {', '.join(arrays)}; wanted: images arr_0, and labels "
-                         "arr_1 if there are any")
-    images = arrays["arr_0"]
-    if images.shape[-3:-1] != (size, size) or frames > 1 and images.shape[1] < frames:
-        clips = f", clips of {frames} frames" if frames > 1 else ""
-        raise InputError(f"{path}: arr_0 is {images.shape}, the configuration asks for {size} x "
-                         f"{size} pixels{clips}")
-    n = images.shape[0]
-    if "arr_1" not in arrays:
-        return Stored(str(path), images, np.zeros(n), [])
-    labels = arrays["arr_1"]
-    whole = labels.shape == (n,) and labels.dtype.kind in "iu"
-    if not whole or not 0 <= labels.min() <= labels.max() < n:
-        raise InputError(f"{path}: arr_1 is {labels.dtype} {labels.shape}, it must be {n} integer "
-                         "labels from 0 up, with no more classes than images")
-    return Stored(str(path), images, labels, [str(i) for i in range(int(labels.max()) + 1)])
+    arrays = open_npz(path)
+    images = arrays.get("arr_0", np.empty(0))
+    N, *length = images.shape[:-3] or (0,)
+    labels = arrays.get("arr_1", np.zeros(N, int))
+    right_length = not length if frames == 1 else len(length) == 1 and length[0] >= frames
+    fits = (arrays.keys() <= {"arr_0", "arr_1"} and images.dtype == np.uint8 and N > 0
+            and right_length and images.shape[-3:] == (size, size, 3)
+            and labels.shape == (N,) and labels.dtype.kind in "iu" and labels.min() >= 0)
+    if not fits:
+        clip = f"L, {size}, {size}, 3), L from {frames} up" if frames > 1 else f"{size}, {size}, 3)"
+        raise InputError(f"{path} holds {held(arrays)}; wanted: arr_0 uint8 (N, {clip}, and arr_1, "
+                         "N whole numbers from 0 up, if there are labels")
+    found = np.unique(labels)
+    empty = np.setdiff1d(np.arange(len(found)), found)
+    if len(empty):
+        raise InputError(f"{path}: no image has the label {empty[0]}, and one has {found[-1]}: "
+                         "labels begin at 0 and leave no number out")
+    names = [str(label) for label in found] if "arr_1" in arrays else []
+    return from_array(str(path), images, labels, names)
 
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170,052,171 bytes
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
-def open_cifar10(size: int) -> Stored:
+def open_cifar10() -> Data:
     """The 50,000 training images of the binary archive: a label and 3 x 32 x 32 bytes each."""
-    if size != 32:
-        raise InputError(f"--data cifar10 has images of 32 px, the configuration asks for {size}")
     archive = Path(torch.hub.get_dir(), "cifar-10-binary.tar.gz")
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not archive.is_file():
-        print(f"downloading {CIFAR10} to {archive}")
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        try:
+    with reading(archive, f"the archive that {CIFAR10} gives"):
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not archive.is_file():
+            archive.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(CIFAR10, archive, hash_prefix=CIFAR10_SHA256)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"could not download CIFAR-10 ({error}): fetch {CIFAR10} elsewhere "
-                             f"and put it at {archive}")
-    agree()  # it is there
-    try:
+        agree()  # it is there
         with tarfile.open(archive) as tar:
-            members = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
-            raw = b"".join(tar.extractfile(member).read() for member in members)
-        records = np.frombuffer(raw, np.uint8).reshape(50_000, 1 + 3 * 32 * 32)
-    except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
-        raise InputError(f"{archive} is damaged ({error}): remove it, the next run fetches it")
+            files = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read()
+                     for i in range(1, 6)]
+        records = np.frombuffer(b"".join(files), np.uint8).reshape(50_000, 1 + 3 * 32 * 32)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return Stored("cifar10", np.ascontiguousarray(images), records[:, 0], CIFAR10_CLASSES)
+    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    return from_array("cifar10", np.ascontiguousarray(images), records[:, 0], classes)
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. What all scripts share: errors, processes, command line
+
+
+class InputError(Exception):
+    """What the user can mend: one line says what came, what is allowed, what to do."""
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str = "an image"):
+    """Whatever a reader raises becomes one line that names its file: the errors of Pillow, NumPy,
+    zip and torch share no base."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
+        raise InputError(f"{path} cannot be read as {what} ({reason})") from error
+
+
+def guarded(main: Callable):
+    """Runs the main function of a script. What the user can mend ends it with one line of error and
+    exit code 2; SID2_TRACEBACK=1 shows where it was raised."""
+    on_signals(signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):  # names may have letters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        if dist.is_initialized():
+            agree()  # all processes end together
+            dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # gloo's threads may abort while Python shuts down, so it does not
+    except (Exception, KeyboardInterrupt) as error:
+        message = explain(error)
+        if not message or "SID2_TRACEBACK" in os.environ:
+            raise
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        if isinstance(error, KeyboardInterrupt):
+            os._exit(130)  # does not wait for a thread that may read for ever
+        raise SystemExit(2)
+
+
+def explain(error: BaseException) -> str:
+    """An error that the user can mend, in words; "" for any other, which is a mistake of ours."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was written before is whole"
+    if isinstance(error, OSError):  # no space, no permission, a disk that went away
+        return f"cannot read or write: {error}; what was written before is whole"
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    on_cpu = "can't allocate memory" in str(error) or "size calculation overflow" in str(error)
+    if out_of_memory or on_cpu:
+        return "out of memory: --batch, in train.py --micro-batch, takes fewer images at once"
+    if "Connection closed by peer" in str(error):
+        return "another process has ended: its own message says why"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile cannot work here ({str(error)[:200]}): leave it out"
+    return ""
+
+
+def on_signals(handler: Callable):
+    """A closed terminal (SIGHUP) and SLURM's signal (SIGUSR1) mean the same as SIGTERM and Ctrl-C.
+    What is ignored, as under nohup, stays so."""
+    for name in "SIGINT SIGTERM SIGHUP SIGUSR1".split():
+        number = getattr(signal, name, None)  # Windows has two of them
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def setup(name: str) -> tuple[int, int, torch.device]:
+    """Rank, number of processes, device. Joins the process group if torchrun has set RANK."""
+    several = not os.environ.keys().isdisjoint(("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not several and os.environ.get("SLURM_NTASKS", "1") != "1":
+        raise InputError(f"SLURM_NTASKS is {os.environ['SLURM_NTASKS']} and RANK is not set, so "
+                         "each task would run alone: start with torchrun, or srun with RANK set")
+    if name == "auto":  # MPS has no process group
+        mps = torch.backends.mps.is_available() and not several
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+        if name == "cuda":
+            device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(0, device=device)
+        if name == "cuda":
+            torch.cuda.set_device(device)
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means float32, in convolutions too
+            torch.backends.cudnn.benchmark = True
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+    if not several:
+        return 0, 1, device
+    on_signals(signal.SIG_DFL)  # Python's handlers would wait until all have met
+    try:  # agree() is on the CPU, by gloo; two hours, as the others wait while the first draws
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the processes cannot meet ({error}): start them with torchrun, or unset "
+                         "RANK, WORLD_SIZE and LOCAL_RANK")
+    on_signals(signal.default_int_handler)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def agree(flag: bool = False) -> bool:
+    """True if `flag` is true in any process. No process returns before all have called."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.item() > 0
+
+
+def say(message: str):
+    """Printed by the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            print(message, flush=True)
+
+
+def choose_precision(device: torch.device, name: str) -> tuple[str, torch.autocast]:
+    """fp32, or bf16: autocast around float32 weights. auto is bf16 if the hardware multiplies it.
+    """
+    if name == "auto":
+        fast = (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+                if device.type == "cpu" else device.type == "cuda"
+                and torch.cuda.is_bf16_supported(including_emulation=False))
+        name = "bf16" if fast else "fp32"
+    return name, torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong flags end like every other bad input, and a flag must be written in full."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--preset", choices=sid2.PRESETS, default="shapes", metavar="NAME",
+        help=f"{', '.join(sid2.PRESETS)}; `python sid2.py` shows them")
+    add("--data", help="shapes, cifar10, a folder of images or an npz; default: the preset's own")
+    add("--out", help="folder of the run; default: runs/PRESET")
+    add("--init-from", help="start from the EMA weights of this run, whose trunk must fit")
+    add("--seed", type=int, default=0)
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if fast")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on CUDA")
+    add("--micro-batch", type=int, help="images, or clips, at once in a process; default: all")
+    add("--checkpointing", type=int, nargs="*", default=(), metavar="LEVEL",
+        help="compute activations again at these levels, 0 the top, or at all: saves memory")
+    add("--workers", type=int, help="threads that make batches; default: up to 8 on CUDA, else 1")
+    add("--log-every", type=int, default=50, help="steps between rows of the log")
+    add("--sample-every", type=int, default=1000, help="steps between pictures; 0: never")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints; 0: never")
+    group = parser.add_argument_group("fields of sid2.Config; default: the preset's")
+    # the comment beside each field of sid2.Config is the help of its flag
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(sid2.Config), re.M))
+    for name, value in asdict(sid2.PRESETS["shapes"]).items():
+        kind = dict(type=type(value))
+        if isinstance(value, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(value, tuple):
+            kind = dict(type=type(value[0]), nargs="+" if name == "channels" else len(value))
+        group.add_argument(f"--{name.replace('_', '-')}", help=comments[name], **kind)
+    return parser.parse_args()
+
+
+def configure(args: argparse.Namespace, world: int, device: torch.device):
+    """The configuration, of the preset, the flags and the classes of the data; and the data."""
+    preset = sid2.PRESETS[args.preset]
+    flags = {name: getattr(args, name) for name in asdict(preset)}
+    config = replace(preset, **{name: tuple(value) if isinstance(value, list) else value
+                                for name, value in flags.items() if value is not None})
+    if args.checkpointing == []:  # the flag without a level; () without the flag
+        args.checkpointing = range(len(config.channels))
+    if args.workers is None:
+        gpus = torch.cuda.device_count()  # which share the processor
+        args.workers = max(1, min(8, os.cpu_count() // gpus)) if device.type == "cuda" else 1
+    check(config, world=world, **vars(args))
+    name = args.data or dict(shapes="shapes", moving="shapes", cifar10="cifar10").get(args.preset)
+    if not name:
+        raise InputError(f"--preset {args.preset} needs --data: shapes, a folder or an npz")
+    data = open_data(name, config.image_size, args.seed, config.frames)
+    if args.num_classes and args.num_classes != len(data.classes):
+        raise InputError(f"--num-classes {args.num_classes}: {data.name} has {len(data.classes)} "
+                         "classes; 0 trains without them")
+    if config.num_classes > 0:
+        config = replace(config, num_classes=len(data.classes))
+    return config, data
+
+
+def check(config: sid2.Config, **flags):
+    """The rules whose breach torch would report late or unclearly; flags: those of the script."""
+    values, levels, most = flags | asdict(config), len(config.channels), 10**9
+    limits = [
+        (1, most, "patch_size head_width width channels image_size frames noise_low steps batch "
+                  "sample_steps log_every micro_batch workers"),
+        (0, most, "middle depth num_classes noise_high lr warmup adam_eps clip sample_every "
+                  "save_every"),
+        (-most, most, "bias guidance interval"),
+        (0, 1, "dropout ema label_dropout gamma"),
+        (0, 0.999999, "betas"),
+        (0, config.frames - 1, "given"),
+        (0, levels - 1, "checkpointing"),
+        (0, 2**32 - 1, "seed"),
+    ]
+    for low, high, names in limits:
+        for name in names.split():
+            value = values.get(name)
+            numbers = value if isinstance(value, (tuple, list, range)) else [value]
+            if value is not None and not all(low <= number <= high for number in numbers):
+                raise InputError(f"{name} must lie in [{low}, {high}], got {value}")
+    unit = config.patch_size * 2 ** (levels - 1)
+    part = values.get("world", 1) * (values.get("micro_batch") or 1)
+    rules = [
+        ("width", config.width % 2 == 0, "must be even"),
+        ("interval", config.interval[0] < config.interval[1], "needs the lower number first"),
+        ("blocks", len(config.blocks) == levels and set(config.blocks) <= set("RT"),
+         f"needs a letter R or T for each of the {levels} channels"),
+        ("channels", all(n % config.head_width == 0 for n, kind in
+                         zip(config.channels, config.blocks) if kind == "T"),
+         f"must be multiples of head_width {config.head_width} at T levels"),
+        ("image_size", config.image_size % unit == 0,
+         f"must be a multiple of {unit}, patch_size times 2 per lower level"),
+        ("batch", config.batch % part == 0,
+         f"must be a multiple of {part}, the number of processes times micro_batch"),
+        ("sampler", config.sampler in ("ddpm", "ddim"), "must be ddpm or ddim"),
+    ]
+    for name, holds, rule in rules:
+        if not holds:
+            raise InputError(f"{name} {rule}, got {values[name]}")
 
 
 if __name__ == "__main__":
