@@ -239,7 +239,7 @@ def images_of(path: Path, crop: int | None) -> Source:
     data, pool = open_folder(path, crop, labelled=False), ThreadPoolExecutor()
 
     def read(numbers: np.ndarray) -> list[np.ndarray]:
-        return [image for image, in pool.map(lambda i: data.read(i, 0.0, 1), numbers.tolist())]
+        return [image for image, in pool.map(lambda i: data.read(i, 0.0), numbers.tolist())]
 
     return Source(str(path), len(data.labels), read)
 

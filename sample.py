@@ -99,7 +99,7 @@ def configure(args: argparse.Namespace, config: sid2.Config) -> sid2.Config:
                  guidance=args.guidance, interval=args.interval and tuple(args.interval))
     config = replace(config, **{key: value for key, value in flags.items() if value is not None})
     check(config)
-    clips = config.frames > 1
+    clips = config.given + config.frames > 1
     if args.batch < 1:
         raise InputError(f"--batch must be at least 1, got {args.batch}")
     if config.num_classes == 0 and (args.classes or args.guidance not in (None, 1)):
@@ -142,7 +142,7 @@ def choose_classes(args: argparse.Namespace, names: list[str], num_classes: int)
 def open_given(args: argparse.Namespace, config: sid2.Config, state: dict) -> Data:
     """Clips whose first frames are given. Shapes are drawn from a seed above those of runs."""
     name = args.data or state["data"]
-    data = open_data(name, config.image_size, seed=2**32, frames=config.frames)
+    data = open_data(name, config.image_size, 2**32, config.given + config.frames)
     if config.num_classes and data.classes != state["classes"]:
         raise InputError(f"--data {name} has other classes than the run")
     return data
@@ -209,7 +209,7 @@ def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: li
         return
     suffix = dict(grid="png", npz="npz", animation="webp")[form]
     path = folder.with_name(f"{folder.name}.{suffix}")
-    images = (read_png(png(folder, seed), config.frames) for seed in seeds)
+    images = (read_png(png(folder, seed), config.given + config.frames) for seed in seeds)
     with replacing(path) as temporary:
         if form == "npz":
             write_npz(temporary, images, labels, config)
@@ -226,7 +226,7 @@ def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: li
 def write_npz(path: Path, images, labels: list[int], config: sid2.Config):
     """arr_0 (N, H, W, 3) uint8, of clips (N, frames, H, W, 3), and arr_1 (N,) int64, in the order
     of the seeds. One image after the other: 50,000 of 256 px are 9.8 GB."""
-    size, frames = config.image_size, config.frames
+    size, frames = config.image_size, config.given + config.frames
     shape = (len(labels), *[frames] * (frames > 1), size, size, 3)
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as out:

@@ -61,7 +61,7 @@ class Config:
     dropout: float = 0.1  # in transformer blocks only [SiD2*]
     num_classes: int = 1000  # 0: unconditional; the null class is label num_classes [SiD2]
     frames: int = 1  # of a clip, which are neighbours in the batch; 1: images [SiD2]
-    given: int = 0  # how many first frames of each clip are given, not generated [SiD2]
+    given: int = 0  # frames before these, which a clip goes on from: input channels [ours]
     # noise process and loss
     noise_low: int = 32  # shifts logsnr by 2 log(noise_low / image_size) at t = 1 [SiD2*]
     noise_high: int = 0  # the same at t = 0; 0 means the image size: no shift [SiD2*] [MCM]
@@ -92,8 +92,8 @@ class Config:
 # [derived] for 256 px. The bias is [VDM++] [HD] for 64 px, [SiD2*] for the rest, and -1 at 256 px
 # stands in [DFoT] too. The guidance interval of [GI] belongs to 64 x 64 latents: the ImageNet rows
 # shift it by 2 log(64 / image_size), as pooling shifts logsnr [derived]. It was not tuned. Of
-# Kinetics600 the paper has the claim alone [SiD2]: size, frames and channels are [UL]'s, bias and
-# noise those of 128 px [derived], 256 clips per step [ours].
+# Kinetics600 the paper has the claim alone [SiD2]: size, channels, 11 frames after 5 are [UL]'s,
+# bias and noise those of 128 px [derived], 256 clips per step [ours].
 UVIT = (128, 256, 512, 1024), "RRTT"  # channels and blocks of all rows from 128 pixels up [SiD2*]
 PRESETS = {
     "shapes": Config(16, 1, (32, 64, 128), "RRT", depth=(2, 2), middle=2, width=256, head_width=64,
@@ -104,7 +104,7 @@ PRESETS = {
                       num_classes=10, bias=2.0, steps=40_000, batch=256, lr=3e-4, warmup=1000,
                       ema=0.9995, sample_steps=256),  # [ours]
     "moving": Config(16, 1, (32, 96), "RT", depth=(2, 2), middle=4, width=256, head_width=96,
-                     dropout=0.0, num_classes=0, frames=8, given=2, noise_high=32, bias=-1.0,
+                     dropout=0.0, num_classes=6, frames=5, given=3, noise_high=32, bias=-1.0,
                      steps=4200, batch=4, lr=2e-3, warmup=100, flip=False,
                      sample_steps=32),  # [ours]
     #                      pixels, patch, channels and blocks
@@ -114,7 +114,7 @@ PRESETS = {
     "imagenet256_p1": Config(256, 1, *UVIT, bias=-1.0, interval=(-4.90, -0.23)),
     "imagenet512_p4": Config(512, 4, *UVIT, bias=-3.0, interval=(-6.29, -1.61)),
     "imagenet512_p2": Config(512, 2, *UVIT, bias=-3.0, interval=(-6.29, -1.61)),
-    "kinetics600_p2": Config(128, 2, *UVIT, bias=0.0, num_classes=0, frames=16, given=5, batch=256),
+    "kinetics600_p2": Config(128, 2, *UVIT, bias=0.0, num_classes=0, frames=11, given=5, batch=256),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -186,33 +186,10 @@ def sigmoid_loss(v_hat: Tensor, v: Tensor, logsnr: Tensor, slope: Tensor, bias: 
     return weight * (v_hat.float() - v).square().mean((1, 2, 3))
 
 
-def given_frames(net, x: Tensor, frames: int, given: int):
-    """Wraps net for clips x (B, 3, H, W) of `frames` frames, of which the first `given` are given.
-
-    At given frames net sees x itself, at logsnr 20, the clean end of what `Condition` maps. Its
-    answer there is replaced by the exact v, so their loss is 0 and their sample is x [DFoT]. Trap:
-    to give them the noise of the others, and put them back after each step ("replacement"), samples
-    another distribution: FVD 95.5 instead of 4.8 [DFoT].
-    """
-    first = torch.arange(len(x), device=x.device) % frames < given
-
-    def net_given(z: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
-        passes = len(z) // len(x)  # 2 at guided steps, which stack two copies of z
-        known, clean = first.repeat(passes), x.repeat(passes, 1, 1, 1)
-        alpha, sigma = alpha_sigma(logsnr)
-        here = known[:, None, None, None]
-        v_hat = net(torch.where(here, clean, z), logsnr.masked_fill(known, 20.0), y)  # [ours]
-        return torch.where(here, (alpha * z - clean) / sigma, v_hat)
-
-    return net_given
-
-
 def training_loss(net, config: Config, x: Tensor, y: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """The loss of each image, (B,), at times t (B,) with noise eps (B, 3, H, W): 0 at given frames.
-    Backpropagate its mean over the others. net(z, logsnr, y) -> v_hat may be any callable. The
-    caller has set a share config.label_dropout of y to the null class, config.num_classes."""
-    if config.given:
-        net = given_frames(net, x, config.frames, config.given)
+    """The loss of each image, (B,), at times t (B,) with noise eps (B, 3, H, W); backpropagate its
+    mean. net(z, logsnr, y) -> v_hat may be any callable. The caller has set a share
+    config.label_dropout of y to the null class, config.num_classes."""
     logsnr, slope = schedule(t, config.image_size, config.noise_low, config.noise_high)
     alpha, sigma = alpha_sigma(logsnr)
     z = alpha * x + sigma * eps
@@ -362,26 +339,35 @@ class Condition(nn.Module):
 
     logsnr in [-20, 20] is mapped linearly to [0, 1], alike at every resolution, so that a network
     trained at one resolution can continue at another [ours]. Frequencies from 1000 to 0.1 [HD]
-    tell neighbours among 512 steps apart: the fastest turns by 0.3 radians or more.
+    tell neighbours among 512 steps apart: the fastest turns by 0.3 radians or more. In clips a
+    vector for each frame says which one it is [ours].
     """
 
-    def __init__(self, width: int, num_classes: int):
+    def __init__(self, width: int, num_classes: int, frames: int):
         super().__init__()
+        self.frames = frames
         self.dense1 = nn.Linear(width, width)
         self.dense2 = nn.Linear(width, width)
         self.label = nn.Embedding(num_classes + 1, width)  # the last row is the null class
+        if frames > 1:
+            self.frame = nn.Parameter(torch.randn(frames, width))
 
     def forward(self, logsnr: Tensor, y: Tensor) -> Tensor:
         exponent = torch.linspace(3, -1, self.dense1.in_features // 2, device=logsnr.device)  # [HD]
         phase = (logsnr.float()[:, None] + 20) / 40 * 10**exponent  # [ours]
         c = torch.cat([phase.sin(), phase.cos()], dim=-1)
-        return F.silu(self.dense2(F.silu(self.dense1(c))) + self.label(y))
+        c = self.dense2(F.silu(self.dense1(c))) + self.label(y)
+        if self.frames > 1:
+            c = c + self.frame.repeat(len(y) // self.frames, 1)
+        return F.silu(c)
 
 
 class ResidualUViT(nn.Module):
     """Residual U-ViT: z (B, 3, H, W), logsnr (B,), y (B,) int64 -> v_hat (B, 3, H, W) in float32.
 
-    H = W = config.image_size; y = config.num_classes is the null class. There is one skip per level
+    H = W = config.image_size; y = config.num_classes is the null class. A clip may go on from given
+    frames: their channels (B, 3 config.given, H, W) are input beside each of its frames, and
+    functools.partial(net, given=given) is what loss and sampler take. There is one skip per level
     and no other [SiD2*]. UVIT's published GMAC fix how many blocks stand above the middle, 12 R and
     6 T, not their split between down and up: 3 + 3 is [MCM]'s. Patch layers are linear [ours].
     First weights [ours]: zero where `zero` says so, positions as below, torch's defaults elsewhere,
@@ -392,7 +378,7 @@ class ResidualUViT(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         channels, kinds = config.channels, config.blocks
-        self.patch_size, self.frames = config.patch_size, config.frames
+        self.patch_size = config.patch_size
         self.checkpointing = ()  # levels whose blocks keep their input only, to save memory
         self.first_transformer_level = kinds.find("T")  # -1: there is none
 
@@ -407,15 +393,12 @@ class ResidualUViT(nn.Module):
 
         above = range(len(channels) - 1)  # the levels above the middle
         depth_down, depth_up = config.depth
-        self.condition = Condition(config.width, config.num_classes)
-        self.embed = nn.Linear(3 * config.patch_size**2, channels[0])
+        self.condition = Condition(config.width, config.num_classes, config.frames)
+        self.embed = nn.Linear(3 * (1 + config.given) * config.patch_size**2, channels[0])
         if self.first_transformer_level >= 0:
             side = (config.image_size // config.patch_size) >> self.first_transformer_level
             C = channels[self.first_transformer_level]
-            std = 0.01 if config.frames == 1 else 1.0  # [SD]; clips [ours], to tell places apart
-            self.position = nn.Parameter(std * torch.randn(side, side, C))
-            if config.frames > 1:
-                self.frame_position = nn.Parameter(std * torch.randn(config.frames, 1, 1, C))
+            self.position = nn.Parameter(0.01 * torch.randn(side, side, C))  # [SD]
         self.blocks_down = nn.ModuleList(make_blocks(i, depth_down) for i in above)
         self.down = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in above)
         self.middle = make_blocks(-1, config.middle)
@@ -426,12 +409,8 @@ class ResidualUViT(nn.Module):
 
     def add_position(self, h: Tensor, level: int) -> Tensor:
         """Adds the learned positions where transformers begin: before `low` is taken, so that
-        h - low stays 0 in a fresh network [ours]. In clips each frame has a position too."""
-        if level == self.first_transformer_level:
-            h = h + self.position.to(h.dtype)
-            if self.frames > 1:
-                h = h + self.frame_position.to(h.dtype).repeat(len(h) // self.frames, 1, 1, 1)
-        return h
+        h - low stays 0 in a fresh network [ours]."""
+        return h + self.position.to(h.dtype) if level == self.first_transformer_level else h
 
     def apply_blocks(self, level: int, blocks: nn.ModuleList, h: Tensor, c: Tensor) -> Tensor:
         for block in blocks:
@@ -451,8 +430,10 @@ class ResidualUViT(nn.Module):
         h = high + self.up[level](h - low)
         return self.apply_blocks(level, self.blocks_up[level], h, c)
 
-    def forward(self, z: Tensor, logsnr: Tensor, y: Tensor) -> Tensor:
+    def forward(self, z: Tensor, logsnr: Tensor, y: Tensor, given: Tensor | None = None) -> Tensor:
         c = self.condition(logsnr, y)
+        if given is not None:  # a guided step has two copies of each clip
+            z = torch.cat([z, given.repeat(len(z) // len(given), 1, 1, 1)], dim=1)
         h = self.embed(F.pixel_unshuffle(z, self.patch_size).permute(0, 2, 3, 1))
         h = self.trunk(self.add_position(h, 0), c)
         h = self.head(F.silu(self.norm(h)))
@@ -497,19 +478,16 @@ def sampling_grid(config: Config) -> tuple[Tensor, list[bool]]:
 
 
 @torch.no_grad()
-def sample_steps(net, config: Config, seeds: list[int], y: Tensor, x: Tensor | None = None):
+def sample_steps(net, config: Config, seeds: list[int], y: Tensor):
     """Yields (z, x_hat) at each of S steps; x_hat is clipped to [-1, 1]; the last is the sample.
 
-    net(z, logsnr, y) -> v_hat; y: (B,) labels on the device to use; x (B, 3, H, W): the clips whose
-    first frames are given, if config.given. All noise of image i, or of clip i, comes from
-    seeds[i], so neither its batch nor the number of processes matters. Guidance is x_null +
-    guidance (x_y - x_null). Steps without it skip the pass of the null class: S (1 + f) passes in
-    all, if the fraction f of the steps is guided.
+    net(z, logsnr, y) -> v_hat; y: (B,) labels on the device to use. All noise of image i, or of
+    clip i, comes from seeds[i], so neither its batch nor the number of processes matters. Guidance
+    is x_null + guidance (x_y - x_null). Steps without it skip the pass of the null class: S (1 + f)
+    passes in all, if the fraction f of the steps is guided.
     """
     if config.sampler not in ("ddpm", "ddim"):
         raise ValueError(f"sampler must be ddpm or ddim, got {config.sampler}")
-    if config.given:
-        net = given_frames(net, x, config.frames, config.given)
     generators = [torch.Generator(y.device).manual_seed(seed) for seed in seeds]
     shape = (config.frames, 3, config.image_size, config.image_size)  # of an image or a clip
 
@@ -537,9 +515,9 @@ def sample_steps(net, config: Config, seeds: list[int], y: Tensor, x: Tensor | N
             z = ddpm_step(z, x_hat, logsnr_t, logsnr[i + 1], config.gamma, normal())
 
 
-def sample(net, config: Config, seeds: list[int], y: Tensor, x: Tensor | None = None) -> Tensor:
+def sample(net, config: Config, seeds: list[int], y: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1]: the last x_hat of sample_steps, which says the rest."""
-    for _, x_hat in sample_steps(net, config, seeds, y, x):
+    for _, x_hat in sample_steps(net, config, seeds, y):
         pass
     return x_hat
 
@@ -577,7 +555,8 @@ def count(config: Config) -> tuple[int, float]:
         net = ResidualUViT(config).eval()
         B = config.frames
         z = torch.empty(B, 3, config.image_size, config.image_size)
-        net(z, torch.empty(B), torch.empty(B, dtype=torch.long))
+        given = torch.empty(B, 3 * config.given, config.image_size, config.image_size)
+        net(z, torch.empty(B), torch.empty(B, dtype=torch.long), given)
     multiply_accumulates = counter.get_total_flops() / 2  # each is 2 floating-point operations
     return sum(p.numel() for p in net.parameters()), multiply_accumulates / 1e9
 

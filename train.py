@@ -53,7 +53,6 @@ def main():
     precision, autocast = choose_precision(device, args.precision)
     local = config.batch // world  # images, or clips, of this process per step
     micro = args.micro_batch or local  # of these, on the device at once
-    counted = local * (config.frames - config.given)  # frames that the loss is a mean of
 
     torch.manual_seed(args.seed)
     net = sid2.ResidualUViT(config).to(device)
@@ -80,11 +79,12 @@ def main():
             loss = torch.zeros((), device=device)
             parts = list(zip(*(whole.split(micro) for whole in batch)))
             for part in parts:
-                x, y, t, eps = to_device(part, device, generator)
+                x, y, t, eps, given = to_device(part, device, generator, config.given)
+                conditioned = functools.partial(model, given=given)  # on first frames of clips
                 with averaging(model, last=part is parts[-1]):
                     with autocast:
-                        losses = sid2.training_loss(model, config, x, y, t, eps)
-                    share = losses.sum() / counted
+                        losses = sid2.training_loss(conditioned, config, x, y, t, eps)
+                    share = losses.sum() / (local * config.frames)
                     share.backward()
                 loss += share.detach()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip or math.inf)
@@ -115,8 +115,8 @@ def step_if_finite(optimizer: torch.optim.Adam, norm: torch.Tensor):
 
 def make_batch(data, config: sid2.Config, seed: int, first: int, count: int, step: int,
                pin: bool = False) -> list[torch.Tensor]:
-    """Clips first, ..., first + count - 1 of the batch of `step`: uint8 images (count, frames, H,
-    W, 3), labels and times (count, frames), seeds of the noise (count,). pin: for CUDA.
+    """Clips first, ..., first + count - 1 of the batch of `step`: uint8 images (count, given +
+    frames, H, W, 3), labels and times (count, frames), seeds of the noise (count,). pin: for CUDA.
 
     Everything random is drawn from (seed, step), for the whole batch of all processes; each takes
     its share. So a restart needs no random state, and the number of processes changes nothing.
@@ -129,7 +129,7 @@ def make_batch(data, config: sid2.Config, seed: int, first: int, count: int, ste
     numbers = step * config.batch + place  # of the clips, counted over the run
     size = len(data.labels)
     clips = [order_of_epoch(seed, n // size, size)[n % size] for n in numbers.tolist()]
-    images, labels = read_clips(data, clips, windows, config.frames)
+    images, labels = read_clips(data, clips, windows)
     images = np.where(flip[:, None, None, None, None], images[..., ::-1, :], images)
     y = np.where(drop | (config.num_classes == 0), config.num_classes, labels)
     t = sid2.low_discrepancy_times(config.batch, start)[place]
@@ -163,16 +163,26 @@ def in_order(make: Callable, steps: Iterable[int], workers: int) -> Iterator[tup
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def to_device(part: tuple, device: torch.device, generator: torch.Generator):
-    """x, y, t and eps (B, ...) on the device, of clips (clips, frames, ...). The noise of each clip
-    comes from its own seed, whatever its batch or process."""
+def to_device(part: tuple, device: torch.device, generator: torch.Generator, given: int):
+    """x, y, t and eps (B, ...) on the device, of clips (clips, ...), and what they go on from, of
+    `given` frames. The noise of a clip comes from its own seed, whatever its batch or process."""
     *tensors, seeds = part
-    images, y, t = (w.to(device, non_blocking=w.is_pinned()).flatten(0, 1) for w in tensors)
-    x = from_uint8(images)
+    images, y, t = (whole.to(device, non_blocking=whole.is_pinned()) for whole in tensors)
+    known, x = split_clips(images, given)
     shape = (len(x) // len(seeds), *x.shape[1:])  # of a clip
     eps = [torch.randn(shape, device=device, generator=generator.manual_seed(seed))
            for seed in seeds.tolist()]
-    return x, y, t, torch.cat(eps)
+    return x, y.flatten(), t.flatten(), torch.cat(eps), known
+
+
+def split_clips(images: torch.Tensor, given: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """uint8 (clips, given + frames, H, W, 3) -> the given frames as the network's input beside each
+    of the others, (clips frames, 3 given, H, W), or None; and those others, (clips frames, 3, H,
+    W)."""
+    x = from_uint8(images)
+    known, x = x[:, :given].flatten(1, 2), x[:, given:]
+    known = known.repeat_interleave(x.shape[1], dim=0) if given else None
+    return known, x.flatten(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,7 +265,7 @@ class Run:
         self.parts = parts  # net, ema and optimizer
         self.folder = Path(args.out or f"runs/{args.preset}")
         self.file = self.folder / "checkpoint.pt"
-        self.unit = "image" if config.frames == 1 else "clip"
+        self.unit = "image" if config.given + config.frames == 1 else "clip"
         self.parameters, self.gmac = sid2.count(config)
         self.settings = dict(
             config=asdict(config), data=data.name, images=len(data.labels), precision=precision,
@@ -419,8 +429,8 @@ class Run:
 
 
 def from_uint8(images: torch.Tensor) -> torch.Tensor:
-    """(B, H, W, 3) -> (B, 3, H, W) in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
+    """(..., H, W, 3) -> (..., 3, H, W) in [-1, 1]."""
+    return images.movedim(-1, -3).contiguous() / 127.5 - 1
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
@@ -430,25 +440,29 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int], device,
                   batch: int, data=None):
-    """Yields seeds and their images (B, frames, H, W, 3) uint8. All batches have one size: the last
-    is filled up, as a compiled network would be compiled again for a smaller one. data: clips whose
-    first frames are given; seed i takes clip i, modulo their number."""
+    """Yields seeds and their images (B, given + frames, H, W, 3) uint8. All batches have one size:
+    the last is filled up, as a compiled network would be compiled again for a smaller one. data:
+    clips whose first frames are given; seed i takes clip i, modulo their number."""
     batches = max(1, math.ceil(len(seeds) / batch))
-    size, frames, x = max(1, math.ceil(len(seeds) / batches)), config.frames, None
+    size, frames = max(1, math.ceil(len(seeds) / batches)), config.frames
     hidden = not seeds or os.environ.get("RANK", "0") != "0"
     with tqdm(total=batches * config.sample_steps, unit="step", disable=hidden, leave=None) as bar:
         for first in range(0, len(seeds), size):
             part, y = seeds[first : first + size], labels[first : first + size]
-            filled = (part * size)[:size]
+            filled, conditioned = (part * size)[:size], net
             y = torch.tensor((y * size)[:size], device=device).repeat_interleave(frames)
             if config.given:
                 numbers = [seed % len(data.labels) for seed in filled]
-                clips, _ = read_clips(data, numbers, [0.0] * size, frames)
-                x = from_uint8(torch.from_numpy(clips).to(device).flatten(0, 1))
-            for _, x_hat in sid2.sample_steps(net, config, filled, y, x):
+                clips, _ = read_clips(data, numbers, [0.0] * size)
+                given, _ = split_clips(torch.from_numpy(clips).to(device), config.given)
+                conditioned = functools.partial(net, given=given)
+            for _, x_hat in sid2.sample_steps(conditioned, config, filled, y):
                 bar.update()
             images = to_uint8(x_hat)
-            yield part, images.reshape(size, frames, *images.shape[1:])[: len(part)]
+            images = images.reshape(size, frames, *images.shape[1:])
+            if config.given:
+                images = np.concatenate([clips[:, : config.given], images], axis=1)
+            yield part, images[: len(part)]
 
 
 def choose_labels(seeds: list[int], classes: list, num_classes: int, data=None) -> list[int]:
@@ -509,11 +523,11 @@ def page(rows: list[tuple[str, list[np.ndarray]]], heading: list[str] = ()) -> I
 
 @dataclass
 class Data:
-    """Clips with labels. An image is a clip of one frame.
+    """Clips of one length with labels. An image is a clip of length 1.
 
-    read(i, window, frames) gives neighbouring frames of clip i, uint8 (frames, H, W, 3). window in
-    [0, 1) says where they begin: 0 as early as they can, near 1 as late. InputError names what
-    cannot be read.
+    read(i, window) gives neighbouring frames of clip i, uint8 (length, H, W, 3). window in [0, 1)
+    says where they begin: 0 as early as they can, near 1 as late. InputError names what cannot be
+    read.
     """
 
     name: str
@@ -522,21 +536,21 @@ class Data:
     read: Callable
 
 
-def window_of(clip, window: float, frames: int):
-    """`frames` neighbours of a sequence: see Data."""
-    begin = int(window * (len(clip) - frames + 1))
-    return clip[begin : begin + frames]
+def window_of(clip, window: float, length: int):
+    """Neighbours in a sequence: see Data."""
+    begin = int(window * (len(clip) - length + 1))
+    return clip[begin : begin + length]
 
 
-def read_clips(data: Data, numbers: Iterable[int], windows: Iterable[float], frames: int = 1):
-    """Frames of these clips, uint8 (B, frames, H, W, 3), and labels (B,). In the place of one that
+def read_clips(data: Data, numbers: Iterable[int], windows: Iterable[float]):
+    """These clips, uint8 (B, length, H, W, 3), and their labels (B,). In the place of one that
     cannot be read comes the next that can; a hundred in a row end the run."""
     clips, labels = [], []
     for number, window in zip(numbers, windows):
         for i in range(number, number + 100):
             i %= len(data.labels)
             try:
-                clips.append(data.read(i, window, frames))
+                clips.append(data.read(i, window))
                 labels.append(data.labels[i])
                 break
             except InputError as error:
@@ -552,18 +566,18 @@ def warn_once(message: str):
     tqdm.write(message, file=sys.stderr)
 
 
-def open_data(name: str, size: int, seed: int, frames: int = 1) -> Data:
-    """shapes, cifar10, FOLDER or FILE.npz, as images, or clips of `frames` at least, of size x size
+def open_data(name: str, size: int, seed: int, length: int = 1) -> Data:
+    """shapes, cifar10, FOLDER or FILE.npz, as images, or clips of `length` frames, of size x size
     pixels."""
     path = Path(name)
     if name == "shapes":
-        return open_shapes(size, seed, frames)
-    if name == "cifar10" and (size, frames) == (32, 1):
+        return open_shapes(size, seed, length)
+    if name == "cifar10" and (size, length) == (32, 1):
         return open_cifar10()
     if path.is_dir():
-        return open_folder(path, size, frames)
+        return open_folder(path, size, length)
     if path.is_file() and path.suffix == ".npz":
-        return open_labelled_npz(path, size, frames)
+        return open_labelled_npz(path, size, length)
     raise InputError(f"--data {name} cannot be opened: give shapes, cifar10 (images of 32 px), or "
                      "a folder or an .npz file that exists")
 
@@ -578,39 +592,31 @@ SHAPES = {  # inside or not, at a to the right and b down from the centre, in ra
 }
 
 
-def open_shapes(size: int, seed: int, frames: int = 1) -> Data:
+def open_shapes(size: int, seed: int, length: int = 1) -> Data:
     """A million drawings of six shapes in any place, size and colour, drawn when asked for. In a
-    clip a shape moves straight on and bounces off the edges: two frames tell all that follow."""
+    clip a shape glides from one place to another: two frames tell all that follow."""
     classes = list(SHAPES)
-    labels = np.arange(1_000_000 // frames) % len(classes)
+    labels = np.arange(1_000_000 // length) % len(classes)
 
-    def read(i: int, window: float, frames: int) -> np.ndarray:
-        radius, centres, dark, light = shape_scene(seed, i, frames)
+    def read(i: int, window: float) -> np.ndarray:
+        radius, centres, dark, light = shape_scene(seed, i, length)
         return np.stack([draw_shape(classes[labels[i]], size, radius, centre, dark, light)
                          for centre in centres])
 
     return Data("shapes", labels, classes, read)
 
 
-def shape_scene(seed: int, clip: int, frames: int):
-    """Radius, centres in each frame (frames, 2), both in widths of the image, and two colours."""
+def shape_scene(seed: int, clip: int, length: int):
+    """Radius, centres in each frame (length, 2), both in widths of the image, and two colours."""
     rng = np.random.default_rng([seed, 2, clip])
     radius = rng.uniform(0.26, 0.42)
-    if frames > 1:
+    if length > 1:
         radius *= 0.7  # room to move
     centre = rng.uniform(radius, 1 - radius, 2)  # the whole shape is in the picture
     dark, light = rng.uniform(0, 0.35, 3), rng.uniform(0.35, 1, 3)
     light[rng.integers(3)] = 1  # one full channel for contrast
-
-    angle = rng.uniform(0, 2 * math.pi)
-    speed = 0.1 * rng.uniform() ** 2  # widths per frame; slow ones are easier to learn from
-    velocity = speed * np.array([math.cos(angle), math.sin(angle)])
-    room = 1 - 2 * radius
-    inside = abs(centre + velocity - 0.5) <= room / 2
-    velocity = np.where(inside, velocity, -velocity)  # no bounce before the second frame
-    way = centre - radius + np.arange(frames)[:, None] * velocity
-    centres = radius + abs((way + room) % (2 * room) - room)  # folded back where it leaves
-    return radius, centres, dark, light
+    end = rng.uniform(radius, 1 - radius, 2)
+    return radius, np.linspace(centre, end, length), dark, light
 
 
 def draw_shape(name: str, size: int, radius: float, centre: np.ndarray, dark, light) -> np.ndarray:
@@ -623,11 +629,12 @@ def draw_shape(name: str, size: int, radius: float, centre: np.ndarray, dark, li
     return palette[hits]
 
 
-def from_array(name: str, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Data:
-    """Images (N, H, W, 3) or clips (N, frames, H, W, 3) in memory, or mapped."""
+def from_array(name: str, images: np.ndarray, labels: np.ndarray, classes: list[str],
+               length: int = 1) -> Data:
+    """Images (N, H, W, 3) or clips (N, L, H, W, 3) in memory, or mapped."""
 
-    def read(i: int, window: float, frames: int) -> np.ndarray:
-        return window_of(take(images, i).reshape(-1, *images.shape[-3:]), window, frames)
+    def read(i: int, window: float) -> np.ndarray:
+        return window_of(take(images, i).reshape(-1, *images.shape[-3:]), window, length)
 
     return Data(name, labels.astype(np.int64), classes, read)
 
@@ -666,28 +673,28 @@ def find_files(top: Path) -> list[str]:
     return sorted(files, key=lambda name: name.replace(os.sep, "\0"))  # a/x before a-b/x
 
 
-def open_folder(path: Path, size: int | None, frames: int = 1, labelled: bool = True) -> Data:
+def open_folder(path: Path, size: int | None, length: int = 1, labelled: bool = True) -> Data:
     """Images of a folder, nested, or clips: sub-folders of frames, 2 before 10. The immediate
     sub-folders are the classes; without any it is unlabelled. size: of the centre crop, or None."""
     files = find_files(path)
     names, clips = files, [(file,) for file in files]
-    if frames > 1:
+    if length > 1:
         folders = {}
         for file in files:
             folders.setdefault(os.path.dirname(file), []).append(file)
         names = list(folders)
         clips = [sorted(folders[name], key=lambda file: (len(file), file)) for name in names]
         longest, loose = max(map(len, clips)), len(folders.get("", []))
-        if longest < frames or loose:
-            raise InputError(f"a clip is a sub-folder of frames, here of {frames} at least: in "
+        if longest < length or loose:
+            raise InputError(f"a clip is a sub-folder of frames, here of {length} at least: in "
                              f"{path} the longest has {longest}, and {loose} lie in none")
 
-    def read(i: int, window: float, frames: int) -> np.ndarray:
+    def read(i: int, window: float) -> np.ndarray:
         with reading(path / names[i]):
-            chosen = window_of(clips[i], window, frames)
-            if len(chosen) < frames:
-                raise ValueError(f"it has {len(clips[i])} frames, and {frames} are wanted")
-            images = [read_image(path / file, frames > 1) for file in chosen]
+            chosen = window_of(clips[i], window, length)
+            if len(chosen) < length:
+                raise ValueError(f"it has {len(clips[i])} frames, and {length} are wanted")
+            images = [read_image(path / file, length > 1) for file in chosen]
             if len({image.size for image in images}) > 1:
                 raise ValueError("its frames have different sizes")
             return np.stack([centre_crop(image, size) if size else image for image in images])
@@ -806,19 +813,19 @@ def held(arrays: dict[str, np.ndarray]) -> str:
     return ", ".join(f"{k} {value.dtype} {value.shape}" for k, value in arrays.items()) or "nothing"
 
 
-def open_labelled_npz(path: Path, size: int, frames: int) -> Data:
-    """uint8 arr_0 (N, size, size, 3), or (N, L, size, size, 3) if frames > 1, and labels arr_1 (N,)
+def open_labelled_npz(path: Path, size: int, length: int) -> Data:
+    """uint8 arr_0 (N, size, size, 3), or (N, L, size, size, 3) if length > 1, and labels arr_1 (N,)
     where there are any."""
     arrays = open_npz(path)
     images = arrays.get("arr_0", np.empty(0))
-    N, *length = images.shape[:-3] or (0,)
+    N, *L = images.shape[:-3] or (0,)
     labels = arrays.get("arr_1", np.zeros(N, int))
-    right_length = not length if frames == 1 else len(length) == 1 and length[0] >= frames
+    right_length = not L if length == 1 else len(L) == 1 and L[0] >= length
     fits = (arrays.keys() <= {"arr_0", "arr_1"} and images.dtype == np.uint8 and N > 0
             and right_length and images.shape[-3:] == (size, size, 3)
             and labels.shape == (N,) and labels.dtype.kind in "iu" and labels.min() >= 0)
     if not fits:
-        clip = f"L, {size}, {size}, 3), L from {frames} up" if frames > 1 else f"{size}, {size}, 3)"
+        clip = f"L, {size}, {size}, 3), L from {length} up" if length > 1 else f"{size}, {size}, 3)"
         raise InputError(f"{path} holds {held(arrays)}; wanted: arr_0 uint8 (N, {clip}, and arr_1, "
                          "N whole numbers from 0 up, if there are labels")
     found = np.unique(labels)
@@ -827,7 +834,7 @@ def open_labelled_npz(path: Path, size: int, frames: int) -> Data:
         raise InputError(f"{path}: no image has the label {empty[0]}, and one has {found[-1]}: "
                          "labels begin at 0 and leave no number out")
     names = [str(label) for label in found] if "arr_1" in arrays else []
-    return from_array(str(path), images, labels, names)
+    return from_array(str(path), images, labels, names, length)
 
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"  # 170,052,171 bytes
@@ -1041,7 +1048,7 @@ def configure(args: argparse.Namespace, world: int, device: torch.device):
     name = args.data or dict(shapes="shapes", moving="shapes", cifar10="cifar10").get(args.preset)
     if not name:
         raise InputError(f"--preset {args.preset} needs --data: shapes, a folder or an npz")
-    data = open_data(name, config.image_size, args.seed, config.frames)
+    data = open_data(name, config.image_size, args.seed, config.given + config.frames)
     if args.num_classes and args.num_classes != len(data.classes):
         raise InputError(f"--num-classes {args.num_classes}: {data.name} has {len(data.classes)} "
                          "classes; 0 trains without them")
@@ -1056,12 +1063,11 @@ def check(config: sid2.Config, **flags):
     limits = [
         (1, most, "patch_size head_width width channels image_size frames noise_low steps batch "
                   "sample_steps log_every micro_batch workers"),
-        (0, most, "middle depth num_classes noise_high lr warmup adam_eps clip sample_every "
+        (0, most, "middle depth given num_classes noise_high lr warmup adam_eps clip sample_every "
                   "save_every"),
         (-most, most, "bias guidance interval"),
         (0, 1, "dropout ema label_dropout gamma"),
         (0, 0.999999, "betas"),
-        (0, config.frames - 1, "given"),
         (0, levels - 1, "checkpointing"),
         (0, 2**32 - 1, "seed"),
     ]
