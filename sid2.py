@@ -366,8 +366,8 @@ class ResidualUViT(nn.Module):
     """Residual U-ViT: z (B, 3, H, W), logsnr (B,), y (B,) int64 -> v_hat (B, 3, H, W) in float32.
 
     H = W = config.image_size; y = config.num_classes is the null class. A clip may go on from given
-    frames: their channels (B, 3 config.given, H, W) are input beside each of its frames, and
-    functools.partial(net, given=given) is what loss and sampler take. There is one skip per level
+    frames: their channels, (clips, 3 config.given, H, W), are input beside each of its frames; loss
+    and sampler take functools.partial(net, given=given). There is one skip per level
     and no other [SiD2*]. UVIT's published GMAC fix how many blocks stand above the middle, 12 R and
     6 T, not their split between down and up: 3 + 3 is [MCM]'s. Patch layers are linear [ours].
     First weights [ours]: zero where `zero` says so, positions as below, torch's defaults elsewhere,
@@ -378,7 +378,7 @@ class ResidualUViT(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         channels, kinds = config.channels, config.blocks
-        self.patch_size = config.patch_size
+        self.patch_size, self.frames = config.patch_size, config.frames
         self.checkpointing = ()  # levels whose blocks keep their input only, to save memory
         self.first_transformer_level = kinds.find("T")  # -1: there is none
 
@@ -432,8 +432,10 @@ class ResidualUViT(nn.Module):
 
     def forward(self, z: Tensor, logsnr: Tensor, y: Tensor, given: Tensor | None = None) -> Tensor:
         c = self.condition(logsnr, y)
-        if given is not None:  # a guided step has two copies of each clip
-            z = torch.cat([z, given.repeat(len(z) // len(given), 1, 1, 1)], dim=1)
+        if given is not None:
+            given = given.repeat_interleave(self.frames, dim=0)
+            copies = len(z) // len(given)  # two at guided steps
+            z = torch.cat([z, given.repeat(copies, 1, 1, 1)], dim=1)
         h = self.embed(F.pixel_unshuffle(z, self.patch_size).permute(0, 2, 3, 1))
         h = self.trunk(self.add_position(h, 0), c)
         h = self.head(F.silu(self.norm(h)))
@@ -555,7 +557,7 @@ def count(config: Config) -> tuple[int, float]:
         net = ResidualUViT(config).eval()
         B = config.frames
         z = torch.empty(B, 3, config.image_size, config.image_size)
-        given = torch.empty(B, 3 * config.given, config.image_size, config.image_size)
+        given = torch.empty(1, 3 * config.given, config.image_size, config.image_size)
         net(z, torch.empty(B), torch.empty(B, dtype=torch.long), given)
     multiply_accumulates = counter.get_total_flops() / 2  # each is 2 floating-point operations
     return sum(p.numel() for p in net.parameters()), multiply_accumulates / 1e9

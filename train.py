@@ -164,25 +164,16 @@ def in_order(make: Callable, steps: Iterable[int], workers: int) -> Iterator[tup
 
 
 def to_device(part: tuple, device: torch.device, generator: torch.Generator, given: int):
-    """x, y, t and eps (B, ...) on the device, of clips (clips, ...), and what they go on from, of
-    `given` frames. The noise of a clip comes from its own seed, whatever its batch or process."""
+    """x, y, t, eps (B, ...) on the device, of clips (clips, ...), and their given frames, or None.
+    The noise of each clip comes from its own seed, whatever its batch or process."""
     *tensors, seeds = part
     images, y, t = (whole.to(device, non_blocking=whole.is_pinned()) for whole in tensors)
-    known, x = split_clips(images, given)
+    frames = from_uint8(images)  # (clips, given + frames, 3, H, W)
+    known, x = frames[:, :given].flatten(1, 2) if given else None, frames[:, given:].flatten(0, 1)
     shape = (len(x) // len(seeds), *x.shape[1:])  # of a clip
     eps = [torch.randn(shape, device=device, generator=generator.manual_seed(seed))
            for seed in seeds.tolist()]
     return x, y.flatten(), t.flatten(), torch.cat(eps), known
-
-
-def split_clips(images: torch.Tensor, given: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """uint8 (clips, given + frames, H, W, 3) -> the given frames as the network's input beside each
-    of the others, (clips frames, 3 given, H, W), or None; and those others, (clips frames, 3, H,
-    W)."""
-    x = from_uint8(images)
-    known, x = x[:, :given].flatten(1, 2), x[:, given:]
-    known = known.repeat_interleave(x.shape[1], dim=0) if given else None
-    return known, x.flatten(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -454,14 +445,15 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
             if config.given:
                 numbers = [seed % len(data.labels) for seed in filled]
                 clips, _ = read_clips(data, numbers, [0.0] * size)
-                given, _ = split_clips(torch.from_numpy(clips).to(device), config.given)
+                first = clips[:, : config.given]
+                given = from_uint8(torch.from_numpy(first).to(device)).flatten(1, 2)
                 conditioned = functools.partial(net, given=given)
             for _, x_hat in sid2.sample_steps(conditioned, config, filled, y):
                 bar.update()
             images = to_uint8(x_hat)
             images = images.reshape(size, frames, *images.shape[1:])
             if config.given:
-                images = np.concatenate([clips[:, : config.given], images], axis=1)
+                images = np.concatenate([first, images], axis=1)
             yield part, images[: len(part)]
 
 
