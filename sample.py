@@ -140,9 +140,11 @@ def choose_classes(args: argparse.Namespace, names: list[str], num_classes: int)
 
 
 def open_given(args: argparse.Namespace, config: sid2.Config, state: dict) -> Data:
-    """Clips whose first frames are given. Shapes are drawn from a seed above those of runs."""
+    """Clips whose first frames are given: no more of them is needed. Shapes are drawn from a seed
+    above those of runs, as long as in training, which sets their speed."""
     name = args.data or state["data"]
-    data = open_data(name, config.image_size, 2**32, config.given + config.frames)
+    length = config.given + config.frames if name == "shapes" else max(2, config.given)
+    data = open_data(name, config.image_size, 2**32, length)
     if config.num_classes and data.classes != state["classes"]:
         raise InputError(f"--data {name} has other classes than the run")
     return data
@@ -195,10 +197,10 @@ def write_pngs(folder: Path, batches):
         list(written)
 
 
-def read_png(file: Path, frames: int) -> np.ndarray:
-    """(frames, H, W, 3) from the frames side by side."""
+def read_png(file: Path, length: int) -> np.ndarray:
+    """(length, H, W, 3) from the frames side by side."""
     with reading(file):
-        return np.stack(np.split(np.asarray(Image.open(file)), frames, axis=1))
+        return np.stack(np.split(np.asarray(Image.open(file)), length, axis=1))
 
 
 def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: list[str],
@@ -216,7 +218,7 @@ def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: li
         elif form == "grid":
             grid(np.stack(list(images)), labels, names, config.given).save(temporary, "PNG")
         else:
-            frames = np.stack(list(images), axis=1)[:, :, None]  # (frames, N, 1, H, W, 3)
+            frames = np.stack(list(images), axis=1)[:, :, None]  # (length, N, 1, H, W, 3)
             pages = [grid(frame, labels, names) for frame in frames]
             pages[0].save(temporary, "WebP", save_all=True, append_images=pages[1:], duration=125,
                           loop=0, lossless=True)
@@ -224,10 +226,10 @@ def pack(folder: Path, form: str, seeds: list[int], labels: list[int], names: li
 
 
 def write_npz(path: Path, images, labels: list[int], config: sid2.Config):
-    """arr_0 (N, H, W, 3) uint8, of clips (N, frames, H, W, 3), and arr_1 (N,) int64, in the order
+    """arr_0 (N, H, W, 3) uint8, of clips (N, length, H, W, 3), and arr_1 (N,) int64, in the order
     of the seeds. One image after the other: 50,000 of 256 px are 9.8 GB."""
-    size, frames = config.image_size, config.given + config.frames
-    shape = (len(labels), *[frames] * (frames > 1), size, size, 3)
+    size, length = config.image_size, config.given + config.frames
+    shape = (len(labels), *[length] * (length > 1), size, size, 3)
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as out:
             header = dict(descr="|u1", fortran_order=False, shape=shape)

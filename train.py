@@ -164,12 +164,14 @@ def in_order(make: Callable, steps: Iterable[int], workers: int) -> Iterator[tup
 
 
 def to_device(part: tuple, device: torch.device, generator: torch.Generator, given: int):
-    """x, y, t, eps (B, ...) on the device, of clips (clips, ...), and their given frames, or None.
-    The noise of each clip comes from its own seed, whatever its batch or process."""
+    """x, y, t, eps (B, ...) on the device, of clips (clips, ...), and what the network is given,
+    (clips, 3 given, H, W) or None. The noise of each clip comes from its own seed, whatever its
+    batch or process."""
     *tensors, seeds = part
-    images, y, t = (whole.to(device, non_blocking=whole.is_pinned()) for whole in tensors)
-    frames = from_uint8(images)  # (clips, given + frames, 3, H, W)
-    known, x = frames[:, :given].flatten(1, 2) if given else None, frames[:, given:].flatten(0, 1)
+    images, y, t = (each.to(device, non_blocking=each.is_pinned()) for each in tensors)
+    whole = from_uint8(images)  # (clips, given + frames, 3, H, W)
+    x = whole[:, given:].flatten(0, 1)
+    known = whole[:, :given].flatten(1, 2) if given else None
     shape = (len(x) // len(seeds), *x.shape[1:])  # of a clip
     eps = [torch.randn(shape, device=device, generator=generator.manual_seed(seed))
            for seed in seeds.tolist()]
@@ -445,15 +447,15 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
             if config.given:
                 numbers = [seed % len(data.labels) for seed in filled]
                 clips, _ = read_clips(data, numbers, [0.0] * size)
-                first = clips[:, : config.given]
-                given = from_uint8(torch.from_numpy(first).to(device)).flatten(1, 2)
+                known = clips[:, : config.given]
+                given = from_uint8(torch.from_numpy(known).to(device)).flatten(1, 2)
                 conditioned = functools.partial(net, given=given)
             for _, x_hat in sid2.sample_steps(conditioned, config, filled, y):
                 bar.update()
             images = to_uint8(x_hat)
             images = images.reshape(size, frames, *images.shape[1:])
             if config.given:
-                images = np.concatenate([first, images], axis=1)
+                images = np.concatenate([known, images], axis=1)
             yield part, images[: len(part)]
 
 
@@ -476,16 +478,16 @@ def shown_classes(num_classes: int) -> list[int]:
 
 
 def grid(images: np.ndarray, labels: list[int], names: list[str], given: int = 0) -> Image.Image:
-    """Images (N, 1, H, W, 3) in rows of one class, at most 16 wide; a clip (N, frames, H, W, 3) has
+    """Images (N, 1, H, W, 3) in rows of one class, at most 16 wide; a clip (N, length, H, W, 3) has
     a row of its own, under a heading that says which frames were given."""
-    rows, frames = [], images.shape[1]
-    heading = ["", *["given"] * given, *map(str, range(given + 1, frames + 1))]
+    rows, length = [], images.shape[1]
+    heading = ["", *["given"] * given, *map(str, range(given + 1, length + 1))]
     for label in sorted(set(labels)):
         mine = images[np.array(labels) == label]
-        if frames == 1:
+        if length == 1:
             mine = [mine[i : i + 16, 0] for i in range(0, len(mine), 16)]
         rows += [(names[label] if names else "", row) for row in mine]
-    return page(rows, heading if frames > 1 else [])
+    return page(rows, heading if length > 1 else [])
 
 
 def page(rows: list[tuple[str, list[np.ndarray]]], heading: list[str] = ()) -> Image.Image:
@@ -586,7 +588,7 @@ SHAPES = {  # inside or not, at a to the right and b down from the centre, in ra
 
 def open_shapes(size: int, seed: int, length: int = 1) -> Data:
     """A million drawings of six shapes in any place, size and colour, drawn when asked for. In a
-    clip a shape glides from one place to another: two frames tell all that follow."""
+    clip a shape glides from one place to another, which its first frames foretell."""
     classes = list(SHAPES)
     labels = np.arange(1_000_000 // length) % len(classes)
 
@@ -674,18 +676,18 @@ def open_folder(path: Path, size: int | None, length: int = 1, labelled: bool = 
         folders = {}
         for file in files:
             folders.setdefault(os.path.dirname(file), []).append(file)
-        names = list(folders)
+        names = [name for name, members in folders.items() if name and len(members) >= length]
         clips = [sorted(folders[name], key=lambda file: (len(file), file)) for name in names]
-        longest, loose = max(map(len, clips)), len(folders.get("", []))
-        if longest < length or loose:
-            raise InputError(f"a clip is a sub-folder of frames, here of {length} at least: in "
-                             f"{path} the longest has {longest}, and {loose} lie in none")
+        short = f"{len(folders) - len(clips)} folders of fewer than {length} images"
+        if not clips:
+            raise InputError(f"no clips in {path}, but {short}: a clip is a sub-folder of frames, "
+                             "as many as are given and generated at least")
+        if len(clips) < len(folders):
+            say(f"left out: {short}")
 
     def read(i: int, window: float) -> np.ndarray:
         with reading(path / names[i]):
             chosen = window_of(clips[i], window, length)
-            if len(chosen) < length:
-                raise ValueError(f"it has {len(clips[i])} frames, and {length} are wanted")
             images = [read_image(path / file, length > 1) for file in chosen]
             if len({image.size for image in images}) > 1:
                 raise ValueError("its frames have different sizes")
@@ -1053,13 +1055,15 @@ def check(config: sid2.Config, **flags):
     """The rules whose breach torch would report late or unclearly; flags: those of the script."""
     values, levels, most = flags | asdict(config), len(config.channels), 10**9
     limits = [
-        (1, most, "patch_size head_width width channels image_size frames noise_low steps batch "
+        (1, most, "patch_size head_width width channels image_size noise_low steps batch "
                   "sample_steps log_every micro_batch workers"),
-        (0, most, "middle depth given num_classes noise_high lr warmup adam_eps clip sample_every "
+        (0, most, "middle depth num_classes noise_high lr warmup adam_eps clip sample_every "
                   "save_every"),
         (-most, most, "bias guidance interval"),
         (0, 1, "dropout ema label_dropout gamma"),
         (0, 0.999999, "betas"),
+        (1, 1000, "frames"),
+        (0, 1000, "given"),
         (0, levels - 1, "checkpointing"),
         (0, 2**32 - 1, "seed"),
     ]
