@@ -949,6 +949,7 @@ def test_a_vector_tells_the_frames_of_a_clip_apart_and_clips_not():
     out = net(z, zero, y, given)
     assert_close(out[:3], out[3:])
     assert not torch.allclose(out[0], out[1], atol=1e-3)
+    assert sid2.ResidualUViT(CLIPS).condition.frame.std() > 0.5  # from the first step on
     net.condition.frame.data[:] = 0
     out = net(z, zero, y, given)
     assert_close(out, out[:1].expand_as(out))
@@ -1923,14 +1924,25 @@ def test_the_loss_of_clips_is_a_mean_of_what_follows_the_given_frames(tmp_path, 
     assert [row[1] for row in log_of(tmp_path / "run").values()] == ["1"] * 4
 
 
-def test_a_run_of_clips_goes_on_bit_for_bit_and_processes_change_nothing(tmp_path, clips):
+def watch_headings(monkeypatch):
+    """A list of what stands above the pictures that are drawn from now on."""
+    headings, page = [], train.page
+    monkeypatch.setattr(train, "page", lambda rows, heading: headings.append(heading) or page(
+        rows, heading))
+    return headings
+
+
+def test_a_run_of_clips_goes_on_bit_for_bit_and_processes_change_nothing(
+        tmp_path, clips, monkeypatch):
     """Two processes with micro-batches and checkpointing are one; so is a run in two parts."""
     data, whole = clips
     flags = ["--data", data, "--device", "cpu"]
     two = launch(ROOT / "train.py", "--out", tmp_path / "two", *flags, *flags_of(CLIPS),
                  "--micro-batch", 2, "--checkpointing", processes=2)
+    headings = watch_headings(monkeypatch)
     fit(tmp_path / "parts", "--data", data, config=CLIPS, steps=2)
     parts, _ = fit(tmp_path / "parts", "--data", data, config=CLIPS)
+    assert headings == [["", "given", "given", "3", "4", "5"]] * 2
     for code, _, err in results(two):
         assert code == 0, err
     one, two = (torch.load(out / "checkpoint.pt", weights_only=True)
@@ -1953,9 +1965,7 @@ def test_samples_of_clips_begin_with_the_given_frames(tmp_path, clips, monkeypat
     strip = np.asarray(Image.open(tmp_path / "a" / "000005.png"))
     assert np.array_equal(strip, np.concatenate(images[5], axis=1))
 
-    headings, page = [], train.page
-    monkeypatch.setattr(train, "page", lambda rows, heading: headings.append(heading) or page(
-        rows, heading))
+    headings = watch_headings(monkeypatch)
     other = npz(tmp_path / "other.npz", arr_0=film()[::-1, :2], arr_1=np.arange(6) % 2)
     make_samples(run_folder, *flags, "--data", other, "--format", "animation", "--out",
                  tmp_path / "b", "--batch", 3)
@@ -1967,6 +1977,13 @@ def test_samples_of_clips_begin_with_the_given_frames(tmp_path, clips, monkeypat
         tmp_path / "a" / "000005.png").read_bytes()
     assert Image.open(tmp_path / "c.png").height == 66 + 18  # one clip under a heading
     assert headings[-1] == ["", "given", "given", "3", "4", "5"]
+
+
+def test_one_frame_that_follows_others_is_a_clip(tmp_path, clips):
+    _, out = fit(tmp_path / "run", "--data", clips[0], config=replace(CLIPS, frames=1))
+    assert "6 clips" in out
+    make_samples(tmp_path / "run", "--count", 2, "--format", "animation", "--out", tmp_path / "a")
+    assert Image.open(tmp_path / "a.webp").n_frames == 3
 
 
 # --------------------------------------------------------------------------------------------------

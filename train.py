@@ -80,7 +80,7 @@ def main():
             parts = list(zip(*(whole.split(micro) for whole in batch)))
             for part in parts:
                 x, y, t, eps, given = to_device(part, device, generator, config.given)
-                conditioned = functools.partial(model, given=given)  # on first frames of clips
+                conditioned = functools.partial(model, given=given)  # clips: on their first frames
                 with averaging(model, last=part is parts[-1]):
                     with autocast:
                         losses = sid2.training_loss(conditioned, config, x, y, t, eps)
