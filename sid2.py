@@ -343,7 +343,7 @@ class Condition(nn.Module):
     vector for each frame says which one it is [ours].
     """
 
-    def __init__(self, width: int, num_classes: int, frames: int):
+    def __init__(self, width: int, num_classes: int, frames: int = 1):
         super().__init__()
         self.frames = frames
         self.dense1 = nn.Linear(width, width)
