@@ -375,8 +375,8 @@ class ResidualUViT(nn.Module):
 
     A clip goes on from config.given frames: `given`, (clips, 3 config.given, H, W), is input beside
     each of its frames, and functools.partial(net, given=given) is what loss and sampler take.
-    [DFoT] lets given frames stand among the others, at a noise level that says clean: in a trial of
-    `moving` those as well were no better and a third slower, so they are channels only [ours].
+    [DFoT] lets given frames stand among the others, at a noise level that says clean. In a trial of
+    `moving`, to do so as well was a third slower and no better: they are channels only [ours].
     Trap: to generate all frames, and put the given ones back after each step ("replacement"),
     samples another distribution: FVD 95.5 instead of 4.8 [DFoT].
     """
