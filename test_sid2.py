@@ -1856,6 +1856,8 @@ def test_a_clip_is_a_folder_of_frames(tmp_path):
     images, labels = train.read_clips(data, range(6), [0.99] * 6)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert np.array_equal(images, film(frames=12)[[0, 2, 4, 1, 3, 5], 7:])
+    alone = train.open_data(str(tmp_path / "a" / "clip4"), 8, 0, length=5)
+    assert np.array_equal(alone.read(0, 0.0), film(frames=12)[4, :5])
 
 
 def test_a_clip_that_is_broken_of_mixed_sizes_or_an_animation_is_named(tmp_path, capsys):

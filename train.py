@@ -668,7 +668,7 @@ def find_files(top: Path) -> list[str]:
 
 
 def open_folder(path: Path, size: int | None, length: int = 1, labelled: bool = True) -> Data:
-    """Images of a folder, nested, or clips: sub-folders of frames, 2 before 10. The immediate
+    """Images of a folder, nested, or clips: folders of frames, 2 before 10. The immediate
     sub-folders are the classes; without any it is unlabelled. size: of the centre crop, or None."""
     files = find_files(path)
     names, clips = files, [(file,) for file in files]
@@ -676,12 +676,12 @@ def open_folder(path: Path, size: int | None, length: int = 1, labelled: bool = 
         folders = {}
         for file in files:
             folders.setdefault(os.path.dirname(file), []).append(file)
-        names = [name for name, members in folders.items() if name and len(members) >= length]
+        names = [name for name, members in folders.items() if len(members) >= length]
         clips = [sorted(folders[name], key=lambda file: (len(file), file)) for name in names]
         short = f"{len(folders) - len(clips)} folders of fewer than {length} images"
         if not clips:
-            raise InputError(f"no clips in {path}, but {short}: a clip is a sub-folder of frames, "
-                             "as many as are given and generated at least")
+            raise InputError(f"no clips in {path}, but {short}: a clip is a folder of frames, as "
+                             "many as are given and generated at least")
         if len(clips) < len(folders):
             say(f"left out: {short}")
 
