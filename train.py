@@ -442,7 +442,8 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
     with tqdm(total=batches * config.sample_steps, unit="step", disable=hidden, leave=None) as bar:
         for first in range(0, len(seeds), size):
             part, y = seeds[first : first + size], labels[first : first + size]
-            filled, conditioned = (part * size)[:size], net
+            filled = (part * size)[:size]
+            conditioned = net
             y = torch.tensor((y * size)[:size], device=device).repeat_interleave(frames)
             if config.given:
                 numbers = [seed % len(data.labels) for seed in filled]
