@@ -486,20 +486,20 @@ def test_the_memory_of_an_image_is_known_before_anything_runs(name):
 def test_checkpointing_computes_blocks_again_and_changes_nothing_else():
     """Those of the levels named, and in training only."""
     gradients = []
-    for levels in ([], [0], [1], [0, 1]):
-        net, calls = shaken(replace(TINY, dropout=0.5)), []
+    for levels in ([], [0], [1], [2], [0, 1, 2]):
+        net, calls = shaken(replace(THREE_LEVELS, dropout=0.5)), []
         net.checkpointing = levels
-        for level, blocks in enumerate([[*net.blocks_down[0], *net.blocks_up[0]], net.middle]):
-            for block in blocks:
-                block.register_forward_pre_hook(lambda *_, level=level: calls.append(level))
+        of_level = [[*net.blocks_down[i], *net.blocks_up[i]] for i in (0, 1)] + [net.middle]
+        for level, block in ((level, block) for level in range(3) for block in of_level[level]):
+            block.register_forward_pre_hook(lambda *_, level=level: calls.append(level))
         net(*INPUT).sum().backward()
-        assert sorted(calls) == [0, 0, 1]
+        assert sorted(calls) == [0, 0, 1, 1, 2]
         calls.clear()
         net.zero_grad()
         net.train()
         torch.manual_seed(0)
         net(*INPUT).square().sum().backward()
-        assert sorted(calls) == sorted([0, 0, 1] + [0, 0] * (0 in levels) + [1] * (1 in levels))
+        assert Counter(calls) == {n: (1 + (n in levels)) * (2 if n < 2 else 1) for n in range(3)}
         gradients.append([p.grad for p in net.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[-1]))
 
@@ -694,8 +694,9 @@ def test_guidance_costs_a_second_pass_inside_its_interval_only():
         return sum(len(y) for _, y in passes) / 2
 
     assert cost() == cost(guidance=1.0) == cost(guidance=3.0, interval=(50, 60)) == S
-    assert cost([0, 0], guidance=3.0, null=0) == S
+    assert cost((0, 0), guidance=3.0, null=0) == S
     assert cost(guidance=3.0) == cost(guidance=0.0) == 2 * S
+    assert cost((0, 0), guidance=3.0, null=1) == 2 * S
     assert cost(guidance=3.0, interval=(grid[3].item(), grid[7].item())) == S + 4
     assert [y for _, y in passes] == [[4, 5, 9, 9] if 3 <= i < 7 else [4, 5] for i in range(S)]
 
@@ -1971,35 +1972,26 @@ def test_samples_show_what_they_were_made_for():
 # 18. fid.py
 
 
-def test_inception_equals_torchvisions_once_its_pools_are_patched(monkeypatch):
-    """An independent implementation of the graph, on the same weights. Means leave out the padding;
-    Mixed_7c takes maxima. ADM: log p without the bias of fc; sFID's seven channels come last."""
+def test_inception_equals_pytorch_fids_on_the_same_random_weights(monkeypatch):
+    """An independent implementation. ADM's log p leaves out the bias of fc; sFID's features are
+    seven channels, which come last."""
     try:
-        import torchvision.models.inception as theirs
-    except Exception as error:  # installed for another torch, it fails in many ways
-        pytest.skip(f"torchvision cannot be imported ({error})")
-    ours, generator = fid.load_inception("random"), torch.Generator().manual_seed(1)
+        import pytorch_fid.inception as theirs
+    except Exception as error:  # torchvision for another torch fails in many ways
+        pytest.skip(f"pytorch_fid cannot be imported ({error})")
+    ours, generator, got = fid.load_inception("random"), torch.Generator().manual_seed(1), {}
     for norm in (layer for layer in ours.modules() if isinstance(layer, torch.nn.BatchNorm2d)):
-        for values, middle in {norm.weight: 1, norm.bias: 0, norm.running_var: 1,
-                               norm.running_mean: 0}.items():  # so that it does something
+        for values, middle in ((norm.weight, 1), (norm.running_var, 1), (norm.bias, 0),
+                               (norm.running_mean, 0)):  # so that it does something
             values.data.uniform_(middle - 0.2, middle + 0.2, generator=generator)
-    net = theirs.inception_v3(weights=None, aux_logits=False, num_classes=1008, init_weights=False)
-    net.eval().load_state_dict(ours.state_dict())
-    last, got = [], {}
-    net.Mixed_7c.register_forward_pre_hook(lambda *_: last.append(True))
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: ours.state_dict())
+    net = theirs.fid_inception_v3().eval()
     net.avgpool.register_forward_hook(lambda layer, h, out: got.update(f=out.flatten(1)))
     net.Mixed_6d.branch1x1.register_forward_hook(lambda layer, h, out: got.update(s=out[:, :7]))
-
-    def pool(h, kernel_size, stride, padding):
-        return F.max_pool2d(h, 3, 1, 1) if last else F.avg_pool2d(h, 3, 1, 1, False, False)
-
-    patched = types.SimpleNamespace(avg_pool2d=pool, max_pool2d=F.max_pool2d, relu=F.relu)
-    monkeypatch.setattr(theirs, "F", patched)
-    x = normal(2, 3, 299, 299)
     with torch.no_grad():
-        log_p = (net(x) - net.fc.bias).log_softmax(1)
+        log_p = (net(normal(2, 3, 299, 299)) - net.fc.bias).log_softmax(1)
         expected = got["f"], got["s"].permute(0, 2, 3, 1).flatten(1), log_p
-        for mine, other in zip(ours(x), expected):
+        for mine, other in zip(ours(normal(2, 3, 299, 299)), expected):
             assert (mine - other).norm() < 1e-5 * other.norm()
 
 
