@@ -2,9 +2,10 @@
 
     python -m pytest
 
-Nothing is downloaded. What needs a GPU skips where there is none, and the rest asks for it:
+Nothing is downloaded. What needs a GPU, or pytorch-fid, skips where there is none. A run is judged
+when asked for, with every npz in its folder:
 
-    SID2_RUN=runs/shapes      judges samples of a run, and every npz in its folder
+    SID2_RUN=runs/shapes python -m pytest -s -k made_for
 """
 
 import contextlib
@@ -17,8 +18,6 @@ import itertools
 import json
 import math
 import os
-import pickle
-import random
 import re
 import shutil
 import signal
@@ -27,8 +26,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import threading
-import time
 import types
 import zipfile
 from collections import Counter
@@ -40,7 +37,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
@@ -55,7 +52,7 @@ if "OMP_NUM_THREADS" not in os.environ:  # so small are the networks that more w
     torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent
-SOURCE = (ROOT / "sid2.py").read_text()
+SOURCE = (ROOT / "sid2.py").read_text("utf-8")
 CPU = torch.device("cpu")
 TINY = sid2.Config(8, 1, (8, 16), "RT", depth=(1, 1), middle=1, width=16, head_width=8,
                    dropout=0.0, num_classes=3, noise_high=32, bias=1.0, steps=4, batch=8, lr=1e-2,
@@ -281,6 +278,7 @@ def test_a_fresh_trunk_is_the_identity_bit_for_bit():
         assert torch.equal(net.trunk(h, c), h)
         assert torch.equal(net(*INPUT), torch.zeros(2, 3, 8, 8))
         assert not torch.equal(shaken(config).trunk(h, c), h)
+        assert -0.05 < net.position.min() < 0 < net.position.max() < 0.05
 
 
 def test_the_skip_carries_what_the_level_below_has_changed():
@@ -347,22 +345,19 @@ def test_a_transformer_block_is_its_formula():
 
 
 def test_a_norm_has_mean_0_and_mean_square_1_in_each_pixel():
-    """Times its gain. It answers in the type that it was asked in, also under autocast."""
+    """Times its gain. It answers in the type that it was asked in."""
     norm, h = sid2.Norm(64), 3 + 5 * normal(2, 4, 4, 64)
     assert_close(norm(h).mean(-1), torch.zeros(2, 4, 4), rtol=0, atol=1e-6)
     assert_close(norm(h).square().mean(-1), torch.ones(2, 4, 4))
     assert_close(norm(1e-4 * h), layer_norm(1e-4 * h, 1))  # no division by 0
     norm.gain.data = normal(64, seed=1)
-    for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            exact, small = norm(h), norm(h.bfloat16())
-        assert_close(exact, layer_norm(h, norm.gain))  # which compares the types too
-        assert_close(small, layer_norm(h, norm.gain).bfloat16(), rtol=0.02, atol=0.02)
+    assert_close(norm(h), layer_norm(h, norm.gain))  # which compares the types too
+    assert_close(norm(h.bfloat16()), layer_norm(h, norm.gain).bfloat16(), rtol=0.02, atol=0.02)
 
 
 def test_a_norm_keeps_bfloat16_under_the_autocast_of_cuda():
-    """That alone would answer in float32 and promote the whole residual stream. Fake tensors are
-    dispatched like real ones, so it shows without a GPU."""
+    """Autocast alone would answer in float32 and promote the whole residual stream. Fake tensors
+    are dispatched like real ones, so it shows without a GPU."""
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
         norm, h = sid2.Norm(128), torch.empty(2, 4, 4, 128, dtype=torch.bfloat16)
@@ -457,30 +452,6 @@ def test_dropout_acts_in_transformer_blocks_and_in_training_only():
     assert torch.equal(net(*INPUT), net(*INPUT))
     net.train()
     assert not torch.equal(net(*INPUT), net(*INPUT))
-
-
-@pytest.mark.parametrize("name", ["shapes", "moving", "cifar10", "imagenet64", "imagenet256_p2",
-                                  "imagenet256_p1", "kinetics600_p2"])
-def test_the_memory_of_an_image_is_known_before_anything_runs(name):
-    """`pytest -s` shows what autograd keeps of an image, or a clip, in bfloat16 in eager mode on a
-    CPU: without checkpointing, with level 0 and with all. Batches multiply it. Nothing is computed;
-    of a batch of 17 only activations have sizes that 17 divides, the rest are weights."""
-    config, row = sid2.PRESETS[name], []
-    size, B = config.image_size, 17 * config.frames
-    for levels in ([], [0], range(4)):
-        kept = {}  # storages by address, held, so that addresses stay different
-        hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.setdefault(t.untyped_storage()._cdata, t.untyped_storage()) and t,
-            lambda t: t)
-        with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16), hooks:
-            net = sid2.ResidualUViT(config)
-            net.checkpointing = levels
-            net(torch.zeros(B, 3, size, size), torch.zeros(B), torch.zeros(B, dtype=torch.long),
-                torch.zeros(17, 3 * config.given, size, size))
-        sizes = [storage.nbytes() for storage in kept.values()]
-        row.append(sum(size for size in sizes if size % 17 == 0) / 17)
-    print(f"\n{name:15}", *(f"{size / 1e6:10.2f} MB" for size in row))
-    assert row[2] < row[1] < row[0]
 
 
 def test_checkpointing_computes_blocks_again_and_changes_nothing_else():
@@ -601,26 +572,6 @@ def test_a_ddpm_step_is_the_gaussian_posterior():
         assert_close(step, mean + spread * noise, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("S", [2, 3, 10])
-@pytest.mark.parametrize("point, variance, gamma", [(0.0, 1.0, 1.0), (0.5, 0.0, 0.0)])
-def test_ddpm_keeps_the_marginals_of_gaussian_data(S, point, variance, gamma):
-    """Exactly, in steps of any size: with gamma = 1 for standard normal data, with gamma = 0 for a
-    single point. The step is affine in z and noise, so three values tell all."""
-    def marginal(logsnr):
-        return (logsnr.sigmoid().sqrt().item() * point,
-                logsnr.sigmoid().item() * variance + (-logsnr).sigmoid().item())
-
-    grid, net, y = logsnr_grid(S), exact_net([point], variance), torch.zeros(3).long()
-    z, noise = torch.tensor([[0.0, 1, 0], [0, 0, 1]]).reshape(2, 3, 1, 1, 1)
-    mean, var = marginal(grid[0])
-    for l_t, l_s in zip(grid, grid[1:]):
-        x_hat = x_from_v(z, net(z, l_t.expand(3), y), l_t)
-        none, by_z, by_noise = sid2.ddpm_step(z, x_hat, l_t, l_s, gamma, noise).flatten().tolist()
-        mean = none + (by_z - none) * mean
-        var = (by_z - none) ** 2 * var + (by_noise - none) ** 2
-        assert (mean, var) == pytest.approx(marginal(l_s), rel=1e-3, abs=1e-4)
-
-
 def test_small_steps_keep_their_noise():
     """1 - r at a step of 1e-4 nats is right to six digits, where 1 - exp(...) keeps four."""
     l_t, l_s, zero = torch.tensor(0.0), torch.tensor(1e-4), torch.zeros(1, 1, 1, 1)
@@ -643,16 +594,6 @@ def test_ddim_is_of_first_order():
         errors.append((steps[quarter][0] - exact).abs().max().item())
     assert 3.5 < errors[0] / errors[1] < 4.5
     assert 3.5 < errors[1] / errors[2] < 4.5
-
-
-@pytest.mark.parametrize("how, tolerance", [
-    (dict(sampler="ddim"), 0.01), (dict(gamma=0.0), 0.02), (dict(gamma=1.0), 0.02)])
-def test_both_samplers_draw_gaussian_data_from_the_exact_network(how, tolerance):
-    """Mean and spread of the data come back, through the whole loop."""
-    x = draw(exact_net([0.3, -0.4], 0.01), range(64), [0, 1] * 32, 128, size=8, **how)
-    assert x[::2].mean().item() == pytest.approx(0.3, abs=0.005)
-    assert x[1::2].mean().item() == pytest.approx(-0.4, abs=0.005)
-    assert x[::2].std().item() == pytest.approx(0.1, abs=tolerance)
 
 
 @pytest.mark.parametrize("mean", [-3.0, 3.0])
@@ -744,15 +685,14 @@ def test_an_unknown_sampler_is_refused():
 
 def test_the_average_starts_fast_and_ends_at_its_decay():
     """The decay is min(d, (1 + n) / (10 + n)): 0.1, 2/11, ... then d."""
-    net, average, value = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), 0.0
+    net, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     net.load_state_dict(dict(weight=torch.tensor([[1.0]]), bias=torch.tensor([-2.0])))
-    average.load_state_dict(dict(weight=torch.tensor([[0.0]]), bias=torch.tensor([0.0])))
-    for n in range(100):
+    for n in (0, 1, 10, 70, 90, 10_000):
+        average.load_state_dict(dict(weight=torch.tensor([[0.0]]), bias=torch.tensor([3.0])))
         sid2.ema_update(average, net, n, 0.9)
         decay = min(0.9, (1 + n) / (10 + n))
-        value = decay * value + (1 - decay)
-        assert average.weight.item() == pytest.approx(value, rel=1e-5)
-        assert average.bias.item() == pytest.approx(-2 * value, rel=1e-5)
+        assert average.weight.item() == pytest.approx(1 - decay, rel=1e-5)
+        assert average.bias.item() == pytest.approx(3 * decay - 2 * (1 - decay), rel=1e-5)
     assert (net.weight.item(), net.bias.item()) == (1, -2)
 
 
@@ -855,8 +795,8 @@ def test_a_clip_has_one_seed_for_all_its_frames():
 def test_clips_follow_the_exact_distribution_given_their_first_frames():
     """Each pixel over four frames is normal with a known covariance, so the best network is a
     matrix, and the mean and covariance of frames 3 and 4, given 1 and 2, are known. All the way
-    through eight bits. The covariance is the sampler's only as far as 512 steps go: it is 2 % off
-    here, and further off for less independent noise."""
+    through eight bits. With 512 steps the sampler's covariance is 2 % off here, and further off
+    where frames have less independent noise."""
     place = torch.arange(4.0, dtype=torch.float64)
     K = 0.06 * 0.97 ** (place[:, None] - place).abs() + 0.02 * torch.eye(4)
     slope = K[2:, :2] @ K[:2, :2].inverse()
@@ -923,10 +863,12 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_signal_is_ignored():
-    """As some are where the tests run in the background, or under nohup."""
-    for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler)
+def no_other_run():
+    """What a launcher has set for the tests' own process means nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SID2_TRACEBACK"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 def flags_of(config):
@@ -942,13 +884,13 @@ def flags_of(config):
 
 
 def run(script, *flags):
-    """Calls a script in this process as a shell would: exit code, stdout, stderr. No thread that
-    makes batches outlives it."""
+    """Calls a script in this process as a shell would: exit code, stdout, stderr."""
     def leave(code):
         raise SystemExit(code)
 
     out, err, code = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    # in the background, or under nohup, some are ignored
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     try:
         with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
               mock.patch.object(sys, "argv", [script.__file__, *map(str, flags)]),
@@ -959,10 +901,6 @@ def run(script, *flags):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    until = time.monotonic() + 20
-    while script is train and any("ThreadPool" in thread.name for thread in threading.enumerate()):
-        assert time.monotonic() < until
-        time.sleep(0.01)
     return code, out.getvalue(), err.getvalue()
 
 
@@ -988,7 +926,8 @@ def launch(*command, processes=1):
     """Real processes of Python; several find each other by the variables that torchrun sets."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    env, started = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), []
+    path, started = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", []
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path)
     for rank in range(processes):
         if processes > 1:
             env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
@@ -1031,7 +970,8 @@ def log_of(out, columns=slice(1, 6)):
 
 def contents(*tops):
     """Every file below these folders."""
-    return {path: path.read_bytes() for top in tops for path in top.rglob("*") if path.is_file()}
+    files = (path for top in tops for path in sorted(top.rglob("*")) if path.is_file())
+    return {path: path.read_bytes() for path in files}
 
 
 def put(root, *names, image=Image.new("RGB", (8, 8), "teal"), **how):
@@ -1058,9 +998,9 @@ def noise(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def look_at(name, size=8, numbers=None):
+def look_at(name, size=8, numbers=None, seed=0):
     """Images (N, H, W, 3) of a data set, and their labels."""
-    data = train.open_data(str(name), size, seed=0)
+    data = train.open_data(str(name), size, seed)
     numbers = range(len(data.labels)) if numbers is None else numbers
     frames, labels = train.read_clips(data, numbers, [0.0] * len(numbers))
     return frames[:, 0], labels.tolist()
@@ -1119,7 +1059,7 @@ def test_a_run_leaves_a_checkpoint_a_log_and_pictures(tmp_path, folder, finished
     for step, (images, _, norm, _, skipped, rate, tflops, peak, wait, _) in rows.items():
         assert (images, norm, skipped, peak) == (str(8 * step), each[step][2], "0", "")
         wanted = 3 * 2 * sid2.count(TINY)[1] / 1e3 * float(rate)  # forward, and twice backward
-        assert float(tflops) == pytest.approx(wanted, rel=1e-2) and 0 <= float(wait) < 1
+        assert float(tflops) == pytest.approx(wanted, rel=0.1) and 0 <= float(wait) < 1
 
 
 def amid(patch, calls, *signals, factor=1):
@@ -1140,17 +1080,18 @@ def amid(patch, calls, *signals, factor=1):
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, folder, finished, monkeypatch,
                                                     signals):
     """Weights, average, optimiser, log and pictures, with dropout, flips, label dropout and epochs
-    that end amid a batch. A signal waits for the end of step 6; a second Ctrl-C does not, and the
-    log is what the last checkpoint says."""
+    that end amid a batch, though the data have moved. A signal waits for the end of step 6; a
+    second Ctrl-C does not, and the log is what the last checkpoint says."""
     flags, one = ["--data", folder, *OFTEN], len(signals) == 1
     with monkeypatch.context() as patch:
         amid(patch, [6], *signals)
         code, printed, err = run(train, "--out", tmp_path, *flags_of(SHORT), *flags)
     assert code == (0 if one else 130) and "Traceback" not in err
-    assert "6 of 7 steps done" in printed if one else "interrupted" in err
+    assert "stopped by a signal" in printed if one else "interrupted" in err
     assert list(log_of(tmp_path)) == ([3, 4, 5, 6] if one else [3, 4, 5])
     with open(tmp_path / "log.csv", "a") as log:
         log.write("6,48,9,9,9,0,9,9,9,9,9\nbro")
+    flags[1] = shutil.copytree(folder, tmp_path / "moved")
     for said in (f"resumed at step {6 if one else 3}", "nothing was left to do"):
         state, printed = fit(tmp_path, *flags, config=SHORT)
         assert said in printed
@@ -1159,35 +1100,30 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, folder, finished, 
     assert [*contents(tmp_path / "samples").values()] == [*contents(finished / "samples").values()]
 
 
-def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path, monkeypatch):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    amid(monkeypatch, [2], signal.SIGHUP)
-    state, _ = fit(tmp_path)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
-    assert state["step"] == TINY.steps
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    train.on_signals(signal.default_int_handler)
+    assert {signal.signal(number, before[number]) for number in SIGNALS} == {signal.SIG_IGN}
 
 
-def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(tmp_path, folder):
-    """Also amid saving and drawing: each step writes a checkpoint, every fifth a picture."""
-    flags = [*flags_of(replace(TINY, dropout=0.2, steps=100)), "--data", folder,
-             "--save-every", 1, "--sample-every", 5, "--micro-batch", 4, "--out"]
-    checkpoint = tmp_path / "cut/checkpoint.pt"
-    started, = launch(ROOT / "train.py", *flags, checkpoint.parent)
-    while not checkpoint.exists():
-        assert started.poll() is None
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.3))
-    started.kill()
-    started.wait()
-    assert state_of(checkpoint.parent)["step"] < 100
-    whole, cut = (tmp_path / name for name in ("whole", "cut"))
-    for out in (whole, cut):
-        results(launch(ROOT / "train.py", *flags, out))
-    assert_same(state_of(whole), state_of(cut))
+def test_a_run_killed_amid_saving_goes_on_from_the_checkpoint_before(tmp_path, folder, finished):
+    """A real process, killed when the fifth of its files is written but not yet in its place."""
+    code = """
+import itertools, os, train
+count, fsync = itertools.count(1), os.fsync
+os.fsync = lambda file: os.kill(os.getpid(), 9) if next(count) == 5 else fsync(file)
+train.guarded(train.main)
+"""
+    flags = ["--data", folder, *OFTEN]
+    results(launch("-c", code, "--out", tmp_path, *flags_of(SHORT), *flags), code=-signal.SIGKILL)
+    assert (tmp_path / ".checkpoint.pt.part").exists()
+    state, printed = fit(tmp_path, *flags, config=SHORT)
+    assert "resumed at step 3" in printed
+    assert_same(state, state_of(finished))
 
 
 @pytest.mark.parametrize("config", [TINY, CLIPS], ids=["images", "clips"])
-def test_neither_processes_nor_micro_batches_change_a_run(tmp_path, monkeypatch, config):
+def test_neither_processes_nor_micro_batches_change_a_run(tmp_path, monkeypatch, clips, config):
     """Two processes of two micro-batches each are one batch: in weights, average and log. At step 2
     the gradient is not finite, in the second process alone; both skip it. Adam with epsilon 1e-12
     turns rounding of tiny gradients into steps, hence the tolerance."""
@@ -1197,10 +1133,11 @@ from {Path(__file__).stem} import amid
 amid(pytest.MonkeyPatch(), [3] if os.environ["RANK"] == "1" else [], factor=float("nan"))
 train.guarded(train.main)
 """
-    flags = [*flags_of(config), "--log-every", 1, "--micro-batch", 2, "--checkpointing"]
-    started = launch("-c", poisoned, "--out", tmp_path / "two", *flags, processes=2)
+    flags = ["--log-every", 1, *(["--data", clips[0]] if config.given else [])]
+    started = launch("-c", poisoned, "--out", tmp_path / "two", *flags_of(config), *flags,
+                     "--micro-batch", 2, processes=2)
     amid(monkeypatch, [2], factor=math.nan)
-    one, _ = fit(tmp_path / "one", "--log-every", 1, config=config)
+    one, _ = fit(tmp_path / "one", *flags, config=config)
     results(started)
     two = state_of(tmp_path / "two")
     for part in "net", "ema":
@@ -1230,7 +1167,8 @@ def test_steps_whose_gradient_is_not_finite_are_skipped_and_ten_of_them_end_the_
 
 
 def test_training_waits_for_the_device_at_rows_of_the_log_alone(tmp_path):
-    """No step asks for the value of a tensor: of the loss, or whether the gradient is finite."""
+    """No step asks for the value of a tensor by item() or if: not of the loss, nor whether the
+    gradient is finite."""
     asked = []
 
     class Watch(TorchDispatchMode):
@@ -1270,11 +1208,44 @@ def test_a_finer_network_starts_from_a_coarser_run(tmp_path, finished):
     assert not old["net"][key].equal(old["ema"][key])
 
 
-def test_each_seed_is_a_run_of_its_own(tmp_path):
-    """From its first weights on."""
-    one, two = (fit(tmp_path / str(seed), "--seed", seed, steps=1, lr=1e-20)[0]["net"]
-                for seed in (0, 1))
-    assert not torch.allclose(one["embed.weight"], two["embed.weight"])
+def test_a_run_is_the_loop_that_its_configuration_describes(tmp_path, monkeypatch):
+    """Its seeds, Adam's constants, clipping, warm-up and average; without flip no mirror. Dropout
+    has a seed for each step, and the blocks of checkpointed levels are computed again."""
+    config = replace(TINY, num_classes=6, betas=(0.5, 0.6), adam_eps=1e-3, clip=0.1, ema=0.15,
+                     flip=False, warmup=3)
+    loss, seeds = sid2.training_loss, []
+    monkeypatch.setattr(sid2, "training_loss",
+                        lambda *args: seeds.append(torch.initial_seed()) or loss(*args))
+    with mock.patch.object(sid2, "checkpoint", wraps=sid2.checkpoint) as checkpoint:
+        state, _ = fit(tmp_path, "--seed", 3, "--checkpointing", 1, config=config)
+    assert len(set(seeds)) == checkpoint.call_count == 4
+
+    data = train.open_data("shapes", 8, seed=3)
+    torch.manual_seed(3)
+    net = sid2.ResidualUViT(config)
+    average = copy.deepcopy(net)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2, (0.5, 0.6), 1e-3)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 3)
+        batch = train.make_batch(data, config, 3, 0, 8, step)
+        numbers = train.order_of_epoch(3, 0, 1_000_000)[8 * step : 8 * step + 8]
+        assert np.array_equal(batch[0][:, 0], look_at("shapes", 8, numbers.tolist(), seed=3)[0])
+        x, y, t, eps, _ = train.to_device(batch, CPU, torch.Generator(), 0)
+        optimizer.zero_grad()
+        loss(net, config, x, y, t, eps).mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        optimizer.step()
+        sid2.ema_update(average, net, step, 0.15)
+    for mine, part in (net, "net"), (average, "ema"):
+        assert_close(dict(mine.state_dict()), dict(state[part]), rtol=1e-4, atol=1e-5)
+
+
+def test_training_in_bfloat16_is_near_training_in_float32(tmp_path):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        fit(tmp_path / precision, "--log-every", 1, "--precision", precision)
+        losses.append([float(row[1]) for row in log_of(tmp_path / precision).values()])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
 def test_labels_can_be_left_out_or_missing(tmp_path, folder):
@@ -1291,7 +1262,9 @@ def test_labels_can_be_left_out_or_missing(tmp_path, folder):
 # 12. On a GPU, where there is one
 
 GPU = "cuda"
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+needs_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="there is no GPU that multiplies bfloat16")
 
 
 @needs_a_gpu
@@ -1392,15 +1365,16 @@ def test_grey_of_12_or_16_bits_is_scaled_to_8_and_no_other_becomes_black(
 
 
 def test_pictures_are_turned_by_their_orientation_whatever_else_their_tags_say(tmp_path):
-    """One tag is not a number, which Pillow cannot write anew."""
-    corner = Image.fromarray(noise(4, 8, 3))
-    for number, way in train.TURNS.items():
-        exif = Image.Exif()
-        exif[ExifTags.Base.Orientation] = number
-        exif[0x9206] = TiffImagePlugin.IFDRational(0, 0)
-        corner.save(tmp_path / "x.png", exif=exif)
-        with Image.open(tmp_path / "x.png") as image:
-            assert train.to_rgb(image).tobytes() == corner.transpose(way).tobytes()
+    """As Pillow turns them; but it cannot if another tag is not a number."""
+    exif, file = Image.Exif(), tmp_path / "x.png"
+    for exif[ExifTags.Base.Orientation] in range(1, 9):
+        for number in (1, TiffImagePlugin.IFDRational(0, 0)):
+            exif[ExifTags.Base.ShutterSpeedValue] = number
+            Image.fromarray(noise(4, 8, 3)).save(file, exif=exif)
+            seen = train.read_image(file, is_frame=False)
+            with Image.open(file) as image:
+                upright = ImageOps.exif_transpose(image) if number == 1 else upright
+            assert seen.size == upright.size and seen.tobytes() == upright.tobytes()
 
 
 def test_the_crop_keeps_the_middle_and_its_proportions():
@@ -1415,7 +1389,8 @@ def test_the_crop_keeps_the_middle_and_its_proportions():
         train.centre_crop(Image.new("1", (2_000_000, 1)), 64)
 
 
-def test_links_are_followed_once_and_what_systems_add_is_left_out(tmp_path, folder):
+def test_links_are_followed_and_what_systems_add_is_left_out(tmp_path, folder):
+    """A link to a folder above is followed once."""
     root = put(tmp_path, ".ipynb_checkpoints/x.png", "own/one.png", "own/._two.png",
                "own/loop.png/three.png", "own/@eaDir/one.png/thumb.png", "__MACOSX/own/one.png",
                "lost+found/x.png")
@@ -1434,6 +1409,7 @@ def test_an_epoch_has_every_image_once_half_of_them_mirrored_and_a_tenth_without
     order = np.concatenate([train.order_of_epoch(5, epoch, 5) for epoch in range(80)])
     assert (np.sort(order.reshape(80, 5)) == np.arange(5)).all()
     assert len(np.unique(order.reshape(80, 5), axis=0)) > 40
+    assert not np.array_equal(*(train.order_of_epoch(seed, 0, 99) for seed in (5, 6)))
     steps = zip(*(train.make_batch(data, TINY, 5, 0, 8, step) for step in range(50)))
     got, labels, t, seeds = (torch.cat(parts).numpy() for parts in steps)
     got, labels, t = got[:, 0], labels[:, 0], np.sort(t.reshape(50, 8))
@@ -1443,17 +1419,29 @@ def test_an_epoch_has_every_image_once_half_of_them_mirrored_and_a_tenth_without
     assert 0.4 < mirrored.mean() < 0.6 and 0.05 < null.mean() < 0.15
     np.testing.assert_allclose(np.diff(t), 1 / 8, rtol=1e-4)  # low-discrepancy times
     _, _, more_t, more_seeds = train.make_batch(data, TINY, 6, 0, 8, 0)  # another --seed
-    assert len({*t.flatten(), *more_t[:, 0].tolist()}) == 408
-    assert len({*seeds, *more_seeds.tolist()}) == 408
+    assert len({*t.flatten(), *more_t[:, 0].tolist()}) == 400 + 8
+    assert len({*seeds, *more_seeds.tolist()}) == 400 + 8
 
 
 def test_shapes_depend_on_seed_and_number_alone_and_are_alike_at_every_size():
     """At 16 px a drawing is what the eye sees of it at 64 px."""
-    images, _ = look_at("shapes", 64, range(120))
+    images, labels = look_at("shapes", 64, range(120))
     assert np.array_equal(look_at("shapes", 64, [17, 5])[0], images[[17, 5]])
-    assert not np.array_equal(train.open_shapes(64, seed=4).read(0, 0.0)[0], images[0])
+    assert not np.array_equal(look_at("shapes", 64, [0], seed=4)[0], images[:1])
     seen = images.reshape(120, 16, 4, 16, 4, 3).mean((2, 4))
     assert abs(seen - look_at("shapes", 16, range(120))[0]).max() <= 1
+    alike = {name: train.draw_shape(name, 16, 0.4, (0.5, 0.5), np.zeros(3), np.ones(3)).tobytes()
+             for name in train.SHAPES}
+    assert labels == [*range(6)] * 20 and len(set(alike.values())) == 6
+
+
+def test_a_shape_moves_straight_on_from_one_place_to_another():
+    """So two frames tell all that follow; the whole shape stays in the picture."""
+    for i in range(50):
+        radius, centres, *_ = train.shape_scene(0, i, 8)
+        steps = np.diff(centres, axis=0)
+        assert abs(centres - 0.5).max() <= 0.5 - radius and abs(steps).max() > 1e-3
+        assert_close(steps, steps[:1].repeat(7, 0))
 
 
 def test_cifar10_is_read_from_the_binary_archive(tmp_path, monkeypatch):
@@ -1478,8 +1466,8 @@ def test_cifar10_is_read_from_the_binary_archive(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("save, kind", [(np.savez, np.memmap), (np.savez_compressed, np.ndarray)])
 def test_an_npz_is_mapped_unless_it_is_compressed(tmp_path, save, kind):
-    """Its labels may be as many as their type has numbers, or missing. Eight bits survive the way
-    to the network and back."""
+    """There may be as many labels as uint8 has values, or none. Eight bits survive the way to the
+    network and back."""
     images, labels = noise(256, 8, 8, 3), np.arange(256, dtype=np.uint8)
     file = npz(tmp_path / "x.npz", save, arr_0=images, arr_1=labels)
     assert type(train.open_npz(file)["arr_0"]) is kind
@@ -1522,46 +1510,66 @@ def test_the_next_image_and_its_label_take_the_place_of_one_that_cannot_be_read(
 # 14. sample.py
 
 
-def test_the_image_of_a_seed_depends_on_neither_batch_nor_order_nor_processes(finished, tmp_path):
+def test_the_image_of_a_seed_depends_on_neither_batch_nor_processes(
+        finished, tmp_path, monkeypatch):
     """npz: in the order of the seeds, so never sorted by class. It can be trained on."""
     flags = ["--device", "cpu", "--precision", "fp32", "--format", "npz", "--count", 7]
     results(launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
                    ROOT / "sample.py", finished, *flags, "--batch", 2, "--out", tmp_path / "two"))
     make_samples(finished, *flags, "--batch", 5, "--out", tmp_path / "one")
-    make_samples(finished, "--seeds", 3, 4, "--out", tmp_path / "few")
     (images, labels), (two, labels_of_two) = (look_at(tmp_path / f"{name}.npz")
                                               for name in ("one", "two"))
     assert labels == labels_of_two == [0, 1, 2, 0, 1, 2, 0]
     assert abs(images.astype(int) - two).max() <= 1  # rounding of another batch size
     assert len({image.tobytes() for image in images}) == 7
-    few = [np.asarray(Image.open(tmp_path / f"few/00000{seed}.png")) for seed in (3, 4)]
-    assert abs(images[3:5].astype(int) - few).max() <= 1
+    labels, (alone,) = (train.choose_labels(seeds, ["random"], 99) for seeds in ([7, 3], [3]))
+    assert labels[1] == alone
+
+    shares = []  # of two processes, one after the other
+    for rank in (0, 1):
+        monkeypatch.setattr(sample, "setup", lambda _: (rank, 2, CPU))
+        make_samples(finished, "--count", 7, "--format", "folder", "--out", tmp_path / "x")
+        shares.append({int(path.stem) for path in (tmp_path / "x").glob("*.png")})
+    assert shares == [{0, 2, 4, 6}, {*range(7)}]
 
 
 def test_a_folder_of_samples_is_completed_and_other_settings_are_refused(finished, tmp_path):
-    flags = ["--out", tmp_path / "x", "--count", 6, "--device", "cpu", "--precision", "fp32"]
+    """Eight samples of each class are the picture that the run drew last."""
+    flags = ["--out", tmp_path / "x", "--device", "cpu", "--precision", "fp32"]
     make_samples(finished, *flags)
-    assert Image.open(tmp_path / "x.png").height == 3 * 66  # one row per class
-    files = [tmp_path / f"x/00000{seed}.png" for seed in range(6)]
-    everything, before = contents(tmp_path), [file.stat().st_mtime_ns for file in files]
+    assert (tmp_path / "x.png").read_bytes() == (finished / "samples/0000007.png").read_bytes()
+    files, everything = sorted(tmp_path.glob("x/*.png")), contents(tmp_path)
+    for file in files:
+        os.utime(file, (0, 0))
     files[2].unlink()
     files[4].unlink()
     make_samples(finished, *flags)
     make_samples(finished, *flags)  # nothing is missing
-    kept = [file.stat().st_mtime_ns == time for file, time in zip(files, before)]
-    assert kept == [True, True, False, True, False, True]
+    assert [i for i, file in enumerate(files) if file.stat().st_mtime != 0] == [2, 4]
     line = error_line(*run(sample, finished, *flags, "--steps", 2))
     assert "other settings (sample_steps 3 -> 2)" in line
-    assert contents(tmp_path) == everything
+    assert contents(tmp_path) == everything and len(files) == 24
 
 
-def test_every_flag_of_sample_reaches_the_sampler(finished, tmp_path):
-    """Each changes the picture, and has a folder of its own beside the checkpoint."""
+def test_an_image_that_cannot_be_written_ends_the_script_whatever_its_batch(
+        finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "png", lambda folder, seed: folder / "12"[seed > 1] / f"{seed}.png")
+    (tmp_path / "2").mkdir()
+    (tmp_path / "settings.json").write_text("{}")
+    monkeypatch.setattr(sample, "refuse_others", lambda *_: None)
+    line = error_line(*run(sample, finished, "--out", tmp_path, "--batch", 2, "--format", "folder",
+                           "--device", "cpu"))
+    assert "cannot read or write: " in line
+
+
+def test_each_flag_of_the_sampler_changes_the_picture(finished, tmp_path):
+    """And has a folder of its own beside the checkpoint."""
     run_folder = shutil.copytree(finished, tmp_path / "run")
     flags = [[], ["--weights", "raw"], ["--steps", 2], ["--sampler", "ddim"], ["--gamma", 1],
              ["--guidance", 9], ["--interval", -20, 20], ["--classes", "b"], ["--classes", 2, 0],
-             ["--classes", "random"]]
-    paths = [make_samples(run_folder, "--count", 8, *more).split()[-1] for more in flags]
+             ["--classes", "random"], ["--precision", "bf16"]]
+    paths = [make_samples(run_folder, "--count", 8, *more).split("wrote ")[1].strip()
+             for more in flags]
     assert paths[8].endswith("run/samples-0000007-classes-2-0-precision-fp32.png")
     assert len({Path(path).read_bytes() for path in paths}) == len(set(paths)) == len(flags)
 
@@ -1703,7 +1711,7 @@ def bad(tmp_path_factory, finished):
         (root / name).write_text("")
     npz(root / "small.npz", arr_0=np.zeros((2, 4, 8, 3), np.uint8))
     npz(root / "clips.npz", arr_0=np.zeros((2, 4, 8, 8, 3), np.uint8))
-    npz(root / "gaps.npz", arr_1=np.array([17, 3]))
+    npz(root / "columns.npz", arr_0=np.asfortranarray(noise(2, 8, 8, 3)))
     npz(root / "negative.npz", arr_1=np.array([0, -1]))
     npz(root / "from_one.npz", arr_0=np.zeros((8, 8, 8, 3), np.uint8), arr_1=np.arange(8) % 4 + 1)
     for name, (mu, sigma) in {"narrow": (np.zeros(9), np.eye(9)), "stats": MOMENTS,
@@ -1723,6 +1731,9 @@ BAD_INPUT = r"""
 train --preset imagenet64                | needs --data
 train --step 1                           | unrecognized arguments: --step
 train --lr nan                           | lr must lie in \[0, 1000000000\]
+train --batch 0                          | batch must lie in
+train --seed -1                          | seed must lie in
+train --ema 1.5                          | ema must lie in \[0, 1\]
 train --betas 0.9 1                      | betas must lie in
 train --width 15                         | width must be even
 train --interval 2 1                     | interval .*lower
@@ -1741,12 +1752,13 @@ train --data cifar10                     | cifar10 .images of 32 px
 train --data BAD/small.npz               | holds arr_0 uint8 \(2, 4, 8, 3\); wanted
 train --data BAD/negative.npz            | N whole numbers from 0 up
 train --data BAD/from_one.npz            | no image has the label 0.* labels begin at 0
-train --data BAD/gaps.npz                | no image has the label 0
+train --data BAD/columns.npz             | plain numbers, the last index fastest
 train --data BAD/pictures.npz            | pictures.npz cannot be read as an npz .it holds other
 train --frames 9 --data BAD/clips.npz    | \(N, L, 8, 8, 3\), L from 9 up
 train --frames 4 --data DATA             | no clips in .*folders of fewer than 4 images: a clip is
 train --init-from RUN --middle 0         | does not fit, for example middle.0
 train --out RUN --data DATA --lr 0.5     | other settings .*lr 0.01 -> 0.5
+train --out RUN --data DATA --seed 9     | other settings .seed 0 -> 9
 train --out BAD/loose                    | loose holds files but no checkpoint
 train --out BAD/file/run                 | cannot read or write: .*file
 sample BAD/nowhere                       | no checkpoint at .*nowhere
@@ -1766,6 +1778,7 @@ fid BAD/clips.npz BAD/good               | holds arr_0 .*; wanted: arr_0 uint8 \
 fid BAD/good BAD/narrow.npz              | mu is float64 \(9,\); wanted: finite numbers \(2048,\)
 fid BAD/good BAD/nan.npz                 | sigma is float64 \(2048, 2048\); wanted: finite numbers
 fid BAD/good BAD/stats.npz --kid         | stats.npz holds statistics alone
+fid BAD/good BAD/good --batch 0          | --batch must be at least 1
 fid BAD/good                             | give SAMPLES REFERENCE, or DATA --save-stats OUT.npz
 fid BAD/good BAD/few --out BAD/stats.npz | stats.npz exists: remove it, or give another --out
 fid BAD/good --save-stats a --out ./a    | --out and --save-stats both name ./a
@@ -1780,7 +1793,8 @@ fid RUN BAD/good                         | is a run of train.py: `python sample.
 def test_bad_input_ends_with_one_clear_line_and_changes_nothing(
         command, message, tmp_path, bad, finished, folder):
     places = {"BAD": bad, "RUN": finished, "DATA": folder}
-    name, *flags = re.sub("BAD|RUN|DATA", lambda found: str(places[found[0]]), command).split()
+    name, *flags = (re.sub("BAD|RUN|DATA", lambda found: str(places[found[0]]), word)
+                    for word in command.split())
     if name == "train" and "--preset" not in flags:
         flags = [*flags_of(SHORT), *flags]
     if name == "train" and "--out" not in flags:
@@ -1803,36 +1817,38 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path):
     (tmp_path / "b").chmod(0o700)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch, about pickles of another protocol
 def test_a_file_from_elsewhere_cannot_run_code(tmp_path):
-    """Pickles that would make a folder when loaded: as a checkpoint, bare, and inside an npz, whose
-    bytes would else be taken for pointers."""
+    """Pickles that would make a folder when loaded: as a checkpoint, and inside an npz, whose bytes
+    would else be taken for pointers."""
     marker = tmp_path / "made"
 
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(marker),)
 
-    torch.save(dict(config=Evil()), tmp_path / "new.pt")
-    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil()))
-    for name in ("new.pt", "bare.pt"):
-        assert "cannot be read as a checkpoint" in error_line(*run(sample, tmp_path / name))
+    torch.save(dict(config=Evil()), tmp_path / "x.pt")
+    assert "cannot be read as a checkpoint" in error_line(*run(sample, tmp_path / "x.pt"))
     for name in ("arr_0", "arr_1"):
         file = npz(tmp_path / f"{name}.npz", **{name: np.array([Evil()], object)})
         with pytest.raises(train.InputError, match=f"{name}.npz cannot be read as an npz"):
             train.open_data(str(file), 8, seed=0)
     assert not marker.exists()
-    pickle.loads((tmp_path / "bare.pt").read_bytes())
+    torch.load(tmp_path / "x.pt", weights_only=False)
     assert marker.exists()  # the weapon was loaded
 
 
 def test_names_may_have_letters_that_the_terminal_has_not(tmp_path, monkeypatch):
-    """Bytes of Latin-1 in a folder's name, Japanese where the terminal has cp1252."""
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
-    data = put(tmp_path / "caf\udce9", "\u732b/1.png", "\u72ac/1.png")
+    data = put(tmp_path / "data", "\u732b/1.png", "\u72ac/1.png")
     (_, out, _), = results(launch(ROOT / "train.py", "--data", data, "--out", tmp_path / "run",
                                   *flags_of(replace(TINY, steps=1))))
-    assert r"caf\udce9, 2 images, 2 classes: \u72ac, \u732b" in out
+    assert r"2 images, 2 classes: \u72ac, \u732b" in out
+
+
+def test_a_mistake_of_ours_shows_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "read_clips", lambda *_: 1 / 0)  # in a thread that makes batches
+    with pytest.raises(ZeroDivisionError):
+        run(train, "--out", tmp_path / "run", *flags_of(TINY))
 
 
 @pytest.mark.parametrize("variables", [
@@ -1852,7 +1868,7 @@ def test_what_torchrun_sets_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypa
 
 def test_the_readme_runs_as_it_stands(tmp_path):
     """Its Python does, and its commands have flags that exist. --help says what each flag means."""
-    readme, names = (ROOT / "README.md").read_text(), {}
+    readme, names = (ROOT / "README.md").read_text("utf-8"), {}
     fit(tmp_path / "run")
     for block in re.findall("```python\n(.*?)```", readme, re.S):
         exec(block.replace("RUN", str(tmp_path / "run")), names)
@@ -2005,10 +2021,13 @@ def test_inception_equals_pytorch_fids_on_the_same_random_weights(monkeypatch):
 
 
 def test_inception_has_the_tensors_of_the_published_weights_and_three_outputs():
-    """Its means leave out the padding: of a constant they are that constant, to the very edge."""
+    """Its means leave out the padding: of a constant they are that constant, to the very edge. Only
+    Mixed_7c takes maxima."""
     net = fid.load_inception("random")
     shapes = {k: v.shape for k, v in net.state_dict().items() if "num_batches" not in k}
     assert len(shapes) == 472 and sum(map(math.prod, shapes.values())) == 23_885_392
+    assert shapes["Mixed_6b.branch7x7_2.conv.weight"][2:] == (1, 7)
+    assert isinstance(net.Mixed_7c.branches[-1][0][0], torch.nn.MaxPool2d)
     with torch.no_grad():
         f, s, log_p = net(normal(1, 3, 299, 299))
         pooled = net.Mixed_5b(torch.ones(1, 192, 5, 5))[:, -32:]
