@@ -9,6 +9,7 @@ Image i depends on its seed and class alone. The same command again makes only w
 """
 
 import argparse
+import contextlib
 import json
 import os
 import zipfile
@@ -189,7 +190,7 @@ def write_pngs(folder: Path, batches):
         with replacing(png(folder, seed)) as temporary:
             Image.fromarray(np.concatenate(frames, axis=1)).save(temporary, "PNG")
 
-    with ThreadPoolExecutor(1) as writer:
+    with contextlib.closing(batches), ThreadPoolExecutor(1) as writer:
         written = []
         for seeds, images in batches:
             list(written)  # of the batch before: raises what went wrong, as a full disk
