@@ -1208,19 +1208,22 @@ def test_a_finer_network_starts_from_a_coarser_run(tmp_path, finished):
     assert not old["net"][key].equal(old["ema"][key])
 
 
-def test_a_run_is_the_loop_that_its_configuration_describes(tmp_path, monkeypatch):
-    """Its seeds, Adam's constants, clipping, warm-up and average; without flip no mirror. Dropout
-    has a seed for each step, and the blocks of checkpointed levels are computed again."""
-    config = replace(TINY, num_classes=6, betas=(0.5, 0.6), adam_eps=1e-3, clip=0.1, ema=0.15,
-                     flip=False, warmup=3)
-    loss, seeds = sid2.training_loss, []
+@pytest.mark.parametrize("config", [TINY, CLIPS], ids=["images", "clips"])
+def test_a_run_is_the_loop_that_its_configuration_describes(tmp_path, monkeypatch, clips, config):
+    """Its seeds, Adam's constants, clipping, warm-up and average, in two micro-batches. Dropout has
+    a seed for each step, and the blocks of checkpointed levels are computed again."""
+    name, classes = ("shapes", 6) if config is TINY else (str(clips[0]), 2)
+    config = replace(config, num_classes=classes, betas=(0.5, 0.6), adam_eps=1e-3, clip=0.1,
+                     ema=0.15, flip=False, warmup=3)
+    loss, seeds, losses = sid2.training_loss, [], []
     monkeypatch.setattr(sid2, "training_loss",
                         lambda *args: seeds.append(torch.initial_seed()) or loss(*args))
     with mock.patch.object(sid2, "checkpoint", wraps=sid2.checkpoint) as checkpoint:
-        state, _ = fit(tmp_path, "--seed", 3, "--checkpointing", 1, config=config)
-    assert len(set(seeds)) == checkpoint.call_count == 4
+        state, _ = fit(tmp_path, "--data", name, "--seed", 3, "--checkpointing", 1, "--micro-batch",
+                       4, "--log-every", 1, config=config)
+    assert len(set(seeds)) == 4 and checkpoint.call_count == 4 * 2
 
-    data = train.open_data("shapes", 8, seed=3)
+    data = train.open_data(name, 8, 3, config.given + config.frames)
     torch.manual_seed(3)
     net = sid2.ResidualUViT(config)
     average = copy.deepcopy(net)
@@ -1228,14 +1231,15 @@ def test_a_run_is_the_loop_that_its_configuration_describes(tmp_path, monkeypatc
     for step in range(4):
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 3)
         batch = train.make_batch(data, config, 3, 0, 8, step)
-        numbers = train.order_of_epoch(3, 0, 1_000_000)[8 * step : 8 * step + 8]
-        assert np.array_equal(batch[0][:, 0], look_at("shapes", 8, numbers.tolist(), seed=3)[0])
-        x, y, t, eps, _ = train.to_device(batch, CPU, torch.Generator(), 0)
+        x, y, t, eps, given = train.to_device(batch, CPU, torch.Generator(), config.given)
         optimizer.zero_grad()
-        loss(net, config, x, y, t, eps).mean().backward()
+        mean = loss(functools.partial(net, given=given), config, x, y, t, eps).mean()
+        mean.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
         optimizer.step()
         sid2.ema_update(average, net, step, 0.15)
+        losses.append(mean.item())
+    assert [float(row[1]) for row in log_of(tmp_path).values()] == pytest.approx(losses, rel=1e-4)
     for mine, part in (net, "net"), (average, "ema"):
         assert_close(dict(mine.state_dict()), dict(state[part]), rtol=1e-4, atol=1e-5)
 
@@ -1648,26 +1652,6 @@ def test_a_step_has_windows_of_clips_with_one_time_one_label_and_one_mirror(clip
     assert torch.equal(eps[3:6], again) and len(set(seeds.tolist())) == 64
     assert np.array_equal(train.to_uint8(x), images[:, 2:].flatten(0, 1))
     assert np.array_equal(train.to_uint8(given.reshape(128, 3, 8, 8)), images[:, :2].flatten(0, 1))
-
-
-def test_the_loss_of_clips_is_a_mean_of_what_follows_the_given_frames(tmp_path, clips, monkeypatch):
-    """Its log says 1 if all losses are 1; its network is given the frames before those of x. A run
-    in two parts is the run in one."""
-    for steps in (2, 4):
-        state, _ = fit(tmp_path / "parts", "--data", clips[0], config=CLIPS, steps=steps)
-    assert_same(state, state_of(clips[1]))
-    loss, wholes = sid2.training_loss, [film[begin : begin + 5, :, ::flip] for film in FILM
-                                        for begin in range(3) for flip in (1, -1)]
-
-    def ones(net, config, x, *args):
-        given = net.keywords["given"].unflatten(1, (2, 3))
-        for clip in torch.cat([given, x.unflatten(0, (-1, 3))], dim=1):
-            assert any(np.array_equal(train.to_uint8(clip), whole) for whole in wholes)
-        return 0 * loss(net, config, x, *args) + 1
-
-    monkeypatch.setattr(sid2, "training_loss", ones)
-    fit(tmp_path / "1", "--data", clips[0], "--micro-batch", 2, "--log-every", 1, config=CLIPS)
-    assert [row[1] for row in log_of(tmp_path / "1").values()] == ["1"] * 4
 
 
 def test_samples_of_clips_begin_with_the_given_frames(tmp_path, clips, monkeypatch):
