@@ -1422,6 +1422,8 @@ def test_an_epoch_has_every_image_once_half_of_them_mirrored_and_a_tenth_without
     assert (null | (labels == order % 3)).all() and len(set(seeds)) == 400
     assert 0.4 < mirrored.mean() < 0.6 and 0.05 < null.mean() < 0.15
     np.testing.assert_allclose(np.diff(t), 1 / 8, rtol=1e-4)  # low-discrepancy times
+    unflipped, *_ = train.make_batch(data, replace(TINY, flip=False), 5, 0, 8, 0)
+    assert np.array_equal(unflipped[:, 0], images[order[:8]])
     _, _, more_t, more_seeds = train.make_batch(data, TINY, 6, 0, 8, 0)  # another --seed
     assert len({*t.flatten(), *more_t[:, 0].tolist()}) == 400 + 8
     assert len({*seeds, *more_seeds.tolist()}) == 400 + 8
