@@ -927,7 +927,7 @@ def launch(*command, processes=1):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     path, started = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", []
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path)
+    env = os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONPATH=path)
     for rank in range(processes):
         if processes > 1:
             env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
