@@ -1931,7 +1931,7 @@ def test_samples_show_what_they_were_made_for():
     """A judge trained on the run's data says what 400 samples show, and how far their features lie
     from those of unseen images: untrained, unguided, guided; then every npz in the run's folder.
     Of clips of shapes that no run has seen, also how far in pixels the shape is from where it must
-    be in each frame, and how far pixels inside it are off in grey levels."""
+    be in each frame, unless that is empty, and how far pixels inside are off in grey levels."""
     folder = Path(os.environ["SID2_RUN"])
     state = train.load_checkpoint(folder)
     config, seeds = state["config"], list(range(400))
@@ -1968,7 +1968,7 @@ def test_samples_show_what_they_were_made_for():
         if config.given and data.name == "shapes":
             future = truth[:, config.given :]
             error = abs(frames.astype(int) - future)[future == future.max((2, 3), keepdims=True)]
-            away = np.linalg.norm(centre(frames) - centre(future), axis=-1).mean(0)
+            away = np.nanmean(np.linalg.norm(centre(frames) - centre(future), axis=-1), 0)
             off[title] = away[-1]
             print("   off by", *(f"{px:.2f}" for px in away), f"px, {np.median(error):.1f}", end="")
         print()
