@@ -48,7 +48,7 @@ import sample
 import sid2
 import train
 
-if "OMP_NUM_THREADS" not in os.environ:  # so small are the networks that more would only wait
+if "OMP_NUM_THREADS" not in os.environ:  # for networks so small more would only wait
     torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent
@@ -89,6 +89,7 @@ def test_every_default_says_where_it_comes_from():
 
 
 def gmac_of_blocks(config):
+    """R: two 3x3 convolutions. T: MLP 8, qkv 3, projection 1; and q·k, and its weights times v."""
     gmac = 0
     for level, (C, kind) in enumerate(zip(config.channels, config.blocks)):
         N = config.frames * (config.image_size // config.patch_size >> level) ** 2
@@ -99,7 +100,8 @@ def gmac_of_blocks(config):
 
 @pytest.mark.parametrize("name", sid2.PUBLISHED)
 def test_presets_are_the_papers_networks(name):
-    """Their blocks alone, by closed formulas, have the published GMAC."""
+    """Their blocks alone, by closed formulas, have the published GMAC, and all of the network has
+    the published number of parameters."""
     gmac, parameters, _ = sid2.PUBLISHED[name]
     assert gmac_of_blocks(sid2.PRESETS[name]) == pytest.approx(gmac, rel=0.005)
     with torch.device("meta"):
@@ -110,7 +112,7 @@ def test_presets_are_the_papers_networks(name):
 @pytest.mark.parametrize("name", sid2.PUBLISHED)
 def test_the_guidance_interval_goes_with_the_size_as_the_noise_does(name):
     """The cited interval, 0.28 < sigma / alpha <= 2.90, belongs to 64 x 64 latents. An image of S
-    pixels, pooled to 64, has 2 log(S / 64) more logsnr than before: so much lower lies its own."""
+    pixels, pooled to 64, has 2 log(S / 64) more logsnr: its own interval lies that much lower."""
     config = sid2.PRESETS[name]
     for end, noise in zip(config.interval, (2.90, 0.28)):
         pooled = end + 2 * math.log(config.image_size / 64)
@@ -118,15 +120,14 @@ def test_the_guidance_interval_goes_with_the_size_as_the_noise_does(name):
 
 
 def test_the_table_of_presets_puts_what_is_counted_beside_what_is_published(capsys, monkeypatch):
-    """Of two presets, to save time. Blocks have 99 % of all operations, in clips too."""
+    """Of two, to save time. Blocks have more than 98 % of all operations, in clips too."""
     shown = {name: sid2.PRESETS[name] for name in ("imagenet512_p2", "kinetics600_p2")}
     monkeypatch.setattr(sid2, "PRESETS", shown)
     sid2.main()
-    heading, *rows = capsys.readouterr().out.splitlines()
+    _, *rows = capsys.readouterr().out.splitlines()
     assert re.match("imagenet512_p2 +400.1 +397 +656.42 +653 +1.48 - 1.50 +-3 +32-512 ", rows[0])
     for row, config in zip(rows, shown.values()):
-        gmac = re.findall(r"\d+\.\d\d", row)[0]
-        assert 0.98 < gmac_of_blocks(config) / float(gmac) < 1
+        assert 0.98 < gmac_of_blocks(config) / float(row.split()[3]) < 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,20 +151,18 @@ def test_the_schedule_runs_from_plus_ten_to_minus_ten_plus_its_shifts():
 
 
 def test_the_schedule_goes_from_the_size_of_the_image_to_32_pixels():
-    """That is what it does when told nothing else: no shift at the clean end."""
+    """That is what it does when told nothing else; 0 means the size."""
     for size in (16, 64, 512):
-        assert sid2.schedule(T, size)[0][0].item() == pytest.approx(10, abs=1e-4)
         assert_close(sid2.schedule(T, size), sid2.schedule(T, size, 32, size), rtol=0, atol=0)
         assert_close(sid2.schedule(T, size, 64, 0), sid2.schedule(T, size, 64, size))
 
 
 def test_the_slope_is_the_derivative():
-    t = T[1:-1].clone().requires_grad_()
+    t = T.clone().requires_grad_()
     for size, low, high in [(64, 64, 64), (512, 32, 512), (256, 16, 64)]:
         logsnr, slope = sid2.schedule(t, size, low, high)
         (derivative,) = torch.autograd.grad(logsnr.sum(), t)
         assert_close(slope, derivative, rtol=1e-4, atol=1e-4)
-    assert sid2.schedule(T, 512, 32, 512)[1].isfinite().all()
 
 
 def test_the_shift_is_average_pooling():
@@ -221,7 +220,7 @@ def test_the_loss_seen_from_x_eps_and_v_is_one_loss():
 
 def test_the_expected_loss_depends_on_the_schedule_through_its_ends_only():
     """With an error of 1 in eps the loss integrates to ½ (softplus(b - l_1) - softplus(b - l_0)),
-    for any path between the ends. Without -dlogsnr/dt the two paths below differ by far."""
+    for any path between the ends. Here along two."""
     b, N = 2.0, 20_001
     t = torch.linspace(0, 1, N)
     exact = 0.5 * (math.log1p(math.exp(b + 10)) - math.log1p(math.exp(b - 10)))
@@ -272,7 +271,7 @@ def layer_norm(h, gain):
 
 
 def test_a_fresh_trunk_is_the_identity_bit_for_bit():
-    """And the head answers zero: training starts from the mean of v, not from noise."""
+    """And the head answers zero: training starts from v_hat = 0. Positions start small."""
     for config in (TINY, replace(TINY, blocks="TT"), replace(THREE_LEVELS, blocks="RRT")):
         net, h, c = sid2.ResidualUViT(config), normal(2, 8, 8, 8), normal(2, 16)
         assert torch.equal(net.trunk(h, c), h)
@@ -349,7 +348,7 @@ def test_a_norm_has_mean_0_and_mean_square_1_in_each_pixel():
     norm, h = sid2.Norm(64), 3 + 5 * normal(2, 4, 4, 64)
     assert_close(norm(h).mean(-1), torch.zeros(2, 4, 4), rtol=0, atol=1e-6)
     assert_close(norm(h).square().mean(-1), torch.ones(2, 4, 4))
-    assert_close(norm(1e-4 * h), layer_norm(1e-4 * h, 1))  # no division by 0
+    assert_close(norm(1e-4 * h), layer_norm(1e-4 * h, 1))  # eps is 1e-6
     norm.gain.data = normal(64, seed=1)
     assert_close(norm(h), layer_norm(h, norm.gain))  # which compares the types too
     assert_close(norm(h.bfloat16()), layer_norm(h, norm.gain).bfloat16(), rtol=0.02, atol=0.02)
@@ -358,17 +357,15 @@ def test_a_norm_has_mean_0_and_mean_square_1_in_each_pixel():
 def test_a_norm_keeps_bfloat16_under_the_autocast_of_cuda():
     """Autocast alone would answer in float32 and promote the whole residual stream. Fake tensors
     are dispatched like real ones, so it shows without a GPU."""
-    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    enabled = torch.is_autocast_enabled("cuda")
     with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
         norm, h = sid2.Norm(128), torch.empty(2, 4, 4, 128, dtype=torch.bfloat16)
         try:
             torch.set_autocast_enabled("cuda", True)
-            torch.set_autocast_dtype("cuda", torch.bfloat16)
             assert F.layer_norm(h, (128,)).dtype == torch.float32  # the trap
             assert norm(h).dtype == torch.bfloat16
         finally:
             torch.set_autocast_enabled("cuda", enabled)
-            torch.set_autocast_dtype("cuda", dtype)
 
 
 def test_the_condition_tells_noise_levels_and_classes_apart():
@@ -409,6 +406,7 @@ def test_no_parameter_is_dead(config):
 
 
 def test_no_example_sees_its_batch_neighbours():
+    """But its own logsnr and label matter."""
     net, z, logsnr, y = shaken(), normal(4, 3, 8, 8), normal(4), torch.tensor([0, 1, 2, 3])
     together, first = net(z, logsnr, y), torch.tensor([1, 0, 0, 0])
     for i in range(4):
@@ -437,7 +435,8 @@ def test_any_patch_size_keeps_pixels_in_place(patch):
 def test_the_position_embedding_stands_where_transformers_begin(blocks, patch, shape):
     """It may be nowhere, or at the top; what it does below is in the test of the skip."""
     net = shaken(replace(TINY, blocks=blocks, channels=(8, 16, 24)[:len(blocks)], patch_size=patch))
-    assert getattr(getattr(net, "position", None), "shape", None) == shape
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    assert shapes.get("position") == shape
     if blocks == "TT":
         before = net(*INPUT)
         net.position.data += 1
@@ -461,8 +460,9 @@ def test_checkpointing_computes_blocks_again_and_changes_nothing_else():
         net, calls = shaken(replace(THREE_LEVELS, dropout=0.5)), []
         net.checkpointing = levels
         of_level = [[*net.blocks_down[i], *net.blocks_up[i]] for i in (0, 1)] + [net.middle]
-        for level, block in ((level, block) for level in range(3) for block in of_level[level]):
-            block.register_forward_pre_hook(lambda *_, level=level: calls.append(level))
+        for level, blocks in enumerate(of_level):
+            for block in blocks:
+                block.register_forward_pre_hook(lambda *_, level=level: calls.append(level))
         net(*INPUT).sum().backward()
         assert sorted(calls) == [0, 0, 1, 1, 2]
         calls.clear()
@@ -470,7 +470,7 @@ def test_checkpointing_computes_blocks_again_and_changes_nothing_else():
         net.train()
         torch.manual_seed(0)
         net(*INPUT).square().sum().backward()
-        assert Counter(calls) == {n: (1 + (n in levels)) * (2 if n < 2 else 1) for n in range(3)}
+        assert Counter(calls) == {n: len(of_level[n]) * (2 if n in levels else 1) for n in range(3)}
         gradients.append([p.grad for p in net.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[-1]))
 
@@ -495,7 +495,7 @@ def test_bfloat16_autocast_keeps_activations_small_and_the_answer_close():
 def test_training_compiles_to_one_graph_and_guided_sampling_to_two(frames):
     """Whatever noise and labels: two shapes in the sampler, with the null class and without. The
     weights keep their names, and the network its answers. Clips: of two frames, after a given."""
-    graphs, y, seeds = [], torch.tensor([0, 1]), [1, 2][: 2 // frames]
+    graphs, y, seeds = [], torch.tensor([0, 1]), list(range(2 // frames))
     config = replace(THREE_LEVELS, sample_steps=4, interval=(-4.0, 4.0), frames=frames,
                      given=frames - 1)
     net = shaken(config, scale=0.1)
@@ -536,10 +536,6 @@ def exact_net(mean, variance):
     return net
 
 
-def x_from_v(z, v, logsnr):
-    return logsnr.sigmoid().sqrt() * z - (-logsnr).sigmoid().sqrt() * v
-
-
 def logsnr_grid(S):
     return sid2.schedule(torch.arange(S, 0, -1) / S, 32, 32, 32)[0]
 
@@ -549,10 +545,6 @@ def steps_of(net, seeds, labels, S, null=9, size=4, **changes):
     config = sid2.Config(size, 1, (8,), "R", num_classes=null, noise_low=size, sample_steps=S)
     config = replace(config, **dict(guidance=1.0, interval=(-math.inf, math.inf)) | changes)
     return list(sid2.sample_steps(net, config, seeds, torch.tensor(labels)))
-
-
-def draw(*args, **kwargs):
-    return steps_of(*args, **kwargs)[-1][1]
 
 
 def test_a_ddpm_step_is_the_gaussian_posterior():
@@ -573,7 +565,7 @@ def test_a_ddpm_step_is_the_gaussian_posterior():
 
 
 def test_small_steps_keep_their_noise():
-    """1 - r at a step of 1e-4 nats is right to six digits, where 1 - exp(...) keeps four."""
+    """1 - r at a step of 1e-4 nats is right to six digits."""
     l_t, l_s, zero = torch.tensor(0.0), torch.tensor(1e-4), torch.zeros(1, 1, 1, 1)
     variance = sid2.ddpm_step(zero, zero, l_t, l_s, 0.0, zero + 1).item() ** 2
     exact = -math.expm1(-l_s.item()) / (1 + math.exp(l_s.item()))
@@ -596,24 +588,24 @@ def test_ddim_is_of_first_order():
     assert 3.5 < errors[1] / errors[2] < 4.5
 
 
-@pytest.mark.parametrize("mean", [-3.0, 3.0])
-def test_x_hat_is_clipped_before_the_next_step_uses_it(mean):
-    net, l = exact_net([mean], 1.0), logsnr_grid(5)
-    steps = steps_of(net, [7], [0], 5, sampler="ddim")
+def test_x_hat_is_clipped_before_the_next_step_uses_it():
+    net, l = exact_net([-3.0, 3.0], 1.0), logsnr_grid(5)
+    steps = steps_of(net, [7, 8], [0, 1], 5, sampler="ddim")
     for i, (z, x_hat) in enumerate(steps):
-        unclipped = x_from_v(z, net(z, l[i], torch.tensor([0])), l[i])
+        alpha, sigma = sid2.alpha_sigma(l[i])
+        unclipped = alpha * z - sigma * net(z, l[i], torch.tensor([0, 1]))
         assert_close(x_hat, unclipped.clamp(-1, 1))
         if i < 4:
             assert_close(steps[i + 1][0], sid2.ddim_step(z, x_hat, l[i], l[i + 1]))
     assert len(steps) == 5
-    assert unclipped.abs().max() > 1
+    assert unclipped.min() < -1 and unclipped.max() > 1
 
 
 def test_guidance_extrapolates_from_the_null_class():
     """x_null + w (x_y - x_null): with one point per class, the sample at scale w is that
     combination of points."""
     for w in (0.0, 0.5, 2.0, 3.0):
-        x = draw(exact_net([0.1, 0.2, -0.1], 0.0), [0, 1], [0, 1], 4, null=2, guidance=w)
+        _, x = steps_of(exact_net([0.1, 0.2, -0.1], 0.0), [0, 1], [0, 1], 4, null=2, guidance=w)[-1]
         expected = [-0.1 + w * 0.2, -0.1 + w * 0.3]
         assert x.mean((1, 2, 3)).tolist() == pytest.approx(expected, abs=1e-4)
 
@@ -630,11 +622,11 @@ def test_guidance_costs_a_second_pass_inside_its_interval_only():
 
     def cost(labels=(4, 5), **kwargs):
         passes.clear()
-        draw(net, [0, 1], labels, S, **kwargs)
+        steps_of(net, [0, 1], labels, S, **kwargs)
         assert [logsnr for logsnr, _ in passes] == pytest.approx(grid.tolist())
         return sum(len(y) for _, y in passes) / 2
 
-    assert cost() == cost(guidance=1.0) == cost(guidance=3.0, interval=(50, 60)) == S
+    assert cost() == cost(guidance=3.0, interval=(50, 60)) == S
     assert cost((0, 0), guidance=3.0, null=0) == S
     assert cost(guidance=3.0) == cost(guidance=0.0) == 2 * S
     assert cost((0, 0), guidance=3.0, null=1) == 2 * S
@@ -657,19 +649,19 @@ def test_image_i_depends_on_seed_i_alone():
             assert torch.equal(z, noise)
         else:  # gamma is 0.2 if nothing else is said
             assert_close(z, sid2.ddpm_step(*together[i - 1], grid[i - 1], grid[i], 0.2, noise))
-    assert torch.equal(x_hat[1], x_hat[3])
+    assert torch.equal(x_hat[1], x_hat[3])  # the same seed and label
 
 
 @pytest.mark.parametrize("gamma, noise_low, noise_high", [(0.9, 16, 0), (0.2, 32, 64)])
 def test_a_sample_is_the_last_x_hat_of_the_configured_steps(gamma, noise_low, noise_high):
     """The grid is t = 1, 1 - 1/S, ..., 1/S, of the configured noise."""
     config = replace(TINY, sample_steps=5, gamma=gamma, noise_low=noise_low, noise_high=noise_high)
-    net, y, generator = shaken(config, scale=0.1), torch.tensor([0]), torch.Generator()
+    net, y = shaken(config, scale=0.1), torch.tensor([0])
     logsnr, _ = sid2.schedule(torch.tensor([1, 0.8, 0.6, 0.4, 0.2]), 8, noise_low, noise_high)
     assert_close(sid2.sampling_grid(config)[0], logsnr)
     steps, x = list(sid2.sample_steps(net, config, [3], y)), sid2.sample(net, config, [3], y)
     assert len(steps) == 5 and torch.equal(x, steps[-1][1]) and not x.requires_grad
-    first, second = torch.randn(2, 3, 8, 8, generator=generator.manual_seed(3)).split(1)
+    first, second = normal(2, 3, 8, 8, seed=3).split(1)
     assert_close(steps[0][0], first)
     assert_close(steps[1][0], sid2.ddpm_step(*steps[0], *logsnr[:2], gamma, second))
 
@@ -728,9 +720,9 @@ def test_training_and_sampling_learn_a_distribution_that_is_known():
 
     def draw(count, guidance):
         """Shares of light upper halves and of equal halves, for each class."""
-        y, way = torch.arange(2).repeat_interleave(count), dict(guidance=guidance,
-                                                                interval=(-99, 99))
-        x = sid2.sample(average, replace(config, **way), range(2 * count), y)
+        y = torch.arange(2).repeat_interleave(count)
+        changed = replace(config, guidance=guidance, interval=(-99, 99))
+        x = sid2.sample(average, changed, range(2 * count), y)
         halves = x.unflatten(2, (2, 8))  # (B, 3, 2, 8, 16)
         light = halves.mean((1, 3, 4)) > 0.2  # (B, 2)
         error = (halves - colours[light.long()][:, None, :, None, None]).abs().mean((1, 2, 3, 4))
@@ -750,7 +742,7 @@ def test_training_and_sampling_learn_a_distribution_that_is_known():
 
 
 def test_a_frame_sees_all_frames_of_its_clip_and_none_of_another():
-    """Those that are given too."""
+    """The given frames too."""
     net, y = shaken(replace(CLIPS, frames=4)), torch.zeros(8, dtype=torch.long)
     z, given = normal(8, 3, 8, 8), normal(2, 6, 8, 8, seed=1)
     inputs = z.requires_grad_(), given.requires_grad_()
@@ -763,7 +755,7 @@ def test_a_frame_sees_all_frames_of_its_clip_and_none_of_another():
         assert seen.tolist() == [[j == i // 4] * 2 for j in range(2)]
 
 
-def test_a_vector_tells_the_frames_of_a_clip_apart_and_clips_not():
+def test_a_vector_tells_the_frames_of_a_clip_apart_but_not_clips():
     net, y, zero = shaken(CLIPS), torch.zeros(6).long(), torch.zeros(6)
     z, given = normal(1, 3, 8, 8).repeat(6, 1, 1, 1), normal(1, 6, 8, 8).repeat(2, 1, 1, 1)
     out = net(z, zero, y, given)
@@ -775,8 +767,7 @@ def test_a_vector_tells_the_frames_of_a_clip_apart_and_clips_not():
     assert_close(out, out[:1].expand_as(out))
 
 
-def test_given_frames_are_channels_beside_each_frame_with_guidance_too():
-    """At a guided step both copies of a clip go on from its own given frames."""
+def test_at_a_guided_step_both_copies_of_a_clip_go_on_from_its_own_given_frames():
     net, y, given = shaken(CLIPS), torch.tensor([0, 0, 0, 1, 1, 1]), normal(2, 6, 8, 8)
     z = normal(12, 3, 8, 8, seed=1)
     labels, logsnr = torch.cat([y, torch.full_like(y, 3)]), torch.zeros(12)
@@ -789,14 +780,13 @@ def test_a_clip_has_one_seed_for_all_its_frames():
     y, given = torch.zeros(6).long(), normal(2, 6, 8, 8)
     net = functools.partial(shaken(CLIPS, scale=0.1), given=given)
     z, _ = next(sid2.sample_steps(net, CLIPS, [5, 6], y))
-    assert torch.equal(z[3:], torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(6)))
+    assert torch.equal(z[3:], normal(3, 3, 8, 8, seed=6))
 
 
 def test_clips_follow_the_exact_distribution_given_their_first_frames():
     """Each pixel over four frames is normal with a known covariance, so the best network is a
     matrix, and the mean and covariance of frames 3 and 4, given 1 and 2, are known. All the way
-    through eight bits. With 512 steps the sampler's covariance is 2 % off here, and further off
-    where frames have less independent noise."""
+    through eight bits. With 512 steps the sampler's covariance is 2 % off here."""
     place = torch.arange(4.0, dtype=torch.float64)
     K = 0.06 * 0.97 ** (place[:, None] - place).abs() + 0.02 * torch.eye(4)
     slope = K[2:, :2] @ K[:2, :2].inverse()
@@ -889,7 +879,7 @@ def run(script, *flags):
         raise SystemExit(code)
 
     out, err, code = io.StringIO(), io.StringIO(), 0
-    # in the background, or under nohup, some are ignored
+    # in the background, or under nohup, some would be ignored; put back below
     handlers = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     try:
         with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
@@ -916,7 +906,7 @@ def fit(out, *flags, config=TINY, **changes):
 
 
 def make_samples(out, *flags):
-    """What sample.py printed, which ended well."""
+    """A call of sample.py that ends well: what it printed."""
     code, printed, err = run(sample, out, "--device", "cpu", "--precision", "fp32", *flags)
     assert code == 0, err
     return printed
@@ -960,6 +950,11 @@ def assert_same(a, b):
     """Weights, average, optimiser and counters of two checkpoints are equal in each bit."""
     keys = "step skipped net ema optimizer".split()
     assert_close([a[key] for key in keys], [b[key] for key in keys], rtol=0, atol=0)
+
+
+def losses_of(out):
+    """Those of the rows of log.csv."""
+    return [float(row[1]) for row in log_of(out).values()]
 
 
 def log_of(out, columns=slice(1, 6)):
@@ -1033,6 +1028,18 @@ def finished(tmp_path_factory, folder):
     return out
 
 
+FILM = noise(6, 7, 8, 8, 3)  # six clips of seven frames that all differ
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """An npz of clips in two classes, and a finished run on it that goes on from two frames."""
+    root = tmp_path_factory.mktemp("clips")
+    data = npz(root / "clips.npz", arr_0=FILM, arr_1=np.arange(6) % 2)
+    fit(root / "run", "--data", data, config=CLIPS)
+    return data, root / "run"
+
+
 # --------------------------------------------------------------------------------------------------
 # 11. train.py: what a run leaves, and that it is the same run whatever happens
 
@@ -1081,17 +1088,17 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, folder, finished, 
                                                     signals):
     """Weights, average, optimiser, log and pictures, with dropout, flips, label dropout and epochs
     that end amid a batch, though the data have moved. A signal waits for the end of step 6; a
-    second Ctrl-C does not, and the log is what the last checkpoint says."""
+    second Ctrl-C does not, and the log goes on from the last checkpoint's."""
     flags, one = ["--data", folder, *OFTEN], len(signals) == 1
     with monkeypatch.context() as patch:
         amid(patch, [6], *signals)
         code, printed, err = run(train, "--out", tmp_path, *flags_of(SHORT), *flags)
     assert code == (0 if one else 130) and "Traceback" not in err
-    assert "stopped by a signal" in printed if one else "interrupted" in err
+    assert ("stopped by a signal" in printed) if one else ("interrupted" in err)
     assert list(log_of(tmp_path)) == ([3, 4, 5, 6] if one else [3, 4, 5])
     with open(tmp_path / "log.csv", "a") as log:
-        log.write("6,48,9,9,9,0,9,9,9,9,9\nbro")
-    flags[1] = shutil.copytree(folder, tmp_path / "moved")
+        log.write("6,48,9,9,9,0,9,9,9,9,9\nbro")  # a row after the checkpoint, and half of one
+    flags = ["--data", shutil.copytree(folder, tmp_path / "moved"), *OFTEN]
     for said in (f"resumed at step {6 if one else 3}", "nothing was left to do"):
         state, printed = fit(tmp_path, *flags, config=SHORT)
         assert said in printed
@@ -1103,7 +1110,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, folder, finished, 
 def test_under_nohup_a_closed_terminal_ends_nothing():
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     train.on_signals(signal.default_int_handler)
-    assert {signal.signal(number, before[number]) for number in SIGNALS} == {signal.SIG_IGN}
+    after = {signal.signal(number, before[number]) for number in SIGNALS}
+    assert after == {signal.SIG_IGN}
 
 
 def test_a_run_killed_amid_saving_goes_on_from_the_checkpoint_before(tmp_path, folder, finished):
@@ -1149,11 +1157,11 @@ train.guarded(train.main)
 
 def test_steps_whose_gradient_is_not_finite_are_skipped_and_ten_of_them_end_the_run(
         tmp_path, monkeypatch):
-    """If they are all between two rows of the log. Weights and moments stay as they were, and the
-    logged loss is the mean of the others. A clip of 0 is no limit: it would multiply every gradient
-    by 0."""
-    before, _ = fit(tmp_path / "two", "--log-every", 1, steps=2, clip=0.0)
-    good = [float(row[1]) for row in log_of(tmp_path / "two").values()]
+    """That is, ten or more between two rows of the log, and no other step there. Weights and
+    moments stay as they were, and the logged loss is the mean of the others. A clip of 0 is no
+    limit: it would multiply every gradient by 0."""
+    before, _ = fit(tmp_path / "good", "--log-every", 1, steps=2, clip=0.0)
+    good = losses_of(tmp_path / "good")
     amid(monkeypatch, range(3, 40), factor=math.inf)
     after, _ = fit(tmp_path / "run", "--log-every", 3, steps=11, clip=1e9)
     assert_close(after["net"], before["net"], rtol=0, atol=0)
@@ -1169,28 +1177,28 @@ def test_steps_whose_gradient_is_not_finite_are_skipped_and_ten_of_them_end_the_
 def test_training_waits_for_the_device_at_rows_of_the_log_alone(tmp_path):
     """No step asks for the value of a tensor by item() or if: not of the loss, nor whether the
     gradient is finite."""
-    asked = []
+    operations = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            asked.append(operation is torch.ops.aten._local_scalar_dense.default)
+            operations.append(operation)
             return operation(*args, **(kwargs or {}))
 
     with Watch():
         fit(tmp_path, "--log-every", 99, "--sample-every", 0, "--save-every", 0)
-    assert len(asked) > 1000 and not any(asked)
+    assert len(operations) > 1000
+    assert torch.ops.aten._local_scalar_dense.default not in operations
 
 
 def test_a_full_disk_is_called_by_its_name_and_what_was_there_stays(tmp_path, folder, finished):
     """Real processes whose files cannot grow past 2 kB: a checkpoint fails, and an npz."""
-    pytest.importorskip("resource")
     code = ("import resource, sample, train; "
             "resource.setrlimit(resource.RLIMIT_FSIZE, 2 * [2048]); train.guarded({}.main)")
     out = shutil.copytree(finished, tmp_path / "run")
     flags, before = [*flags_of(SHORT), "--data", folder, "--steps", 9], contents(out)
     for script, *flags in (("train", "--out", out, *flags),
                            ("sample", out, "--count", 99, "--format", "npz", "--device", "cpu")):
-        result, = results(launch("-c", code.format(script), *flags), code=2)
+        [result] = results(launch("-c", code.format(script), *flags), code=2)
         assert "File too large" in error_line(*result)
     after = contents(out)
     assert {path for path in before if after[path] != before[path]} == {out / "log.csv"}
@@ -1239,7 +1247,7 @@ def test_a_run_is_the_loop_that_its_configuration_describes(tmp_path, monkeypatc
         optimizer.step()
         sid2.ema_update(average, net, step, 0.15)
         losses.append(mean.item())
-    assert [float(row[1]) for row in log_of(tmp_path).values()] == pytest.approx(losses, rel=1e-4)
+    assert losses_of(tmp_path) == pytest.approx(losses, rel=1e-4)
     for mine, part in (net, "net"), (average, "ema"):
         assert_close(dict(mine.state_dict()), dict(state[part]), rtol=1e-4, atol=1e-5)
 
@@ -1248,7 +1256,7 @@ def test_training_in_bfloat16_is_near_training_in_float32(tmp_path):
     losses = []
     for precision in ("fp32", "bf16"):
         fit(tmp_path / precision, "--log-every", 1, "--precision", precision)
-        losses.append([float(row[1]) for row in log_of(tmp_path / precision).values()])
+        losses.append(losses_of(tmp_path / precision))
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
@@ -1314,9 +1322,7 @@ def test_a_run_on_a_gpu_goes_on_and_its_samples_depend_on_their_seeds(tmp_path, 
         fit(tmp_path / "cut", *flags, config=SHORT)
     _, printed = fit(tmp_path / "cut", *flags, config=SHORT)
     assert "resumed at step 4" in printed
-    losses = [[float(row[1]) for row in log_of(tmp_path / name).values()]
-              for name in ("whole", "cut")]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses_of(tmp_path / "cut") == pytest.approx(losses_of(tmp_path / "whole"), rel=0.02)
     images = []
     for more in (["--batch", 8], ["--batch", 3], ["--batch", 8, "--compile"]):
         out = tmp_path / f"images{len(images)}"
@@ -1331,8 +1337,8 @@ def test_a_run_on_a_gpu_goes_on_and_its_samples_depend_on_their_seeds(tmp_path, 
 
 
 def test_images_of_every_kind_become_rgb(tmp_path, folder):
-    """Transparent ones are laid over white. What has several pictures, as stereo photographs (MPO)
-    and animations, counts as its first."""
+    """Transparent ones are laid over white. Of a file with several pictures (stereo photographs,
+    animations) the first counts."""
     images, labels = look_at(folder)
     assert images.shape == (9, 8, 8, 3) and images.dtype == np.uint8
     assert labels == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -1353,7 +1359,7 @@ def test_images_of_every_kind_become_rgb(tmp_path, folder):
     ("x.tif", "<i4", 0, 0, None), ("x.tif", "<f4", 0, 0, None)])
 def test_grey_of_12_or_16_bits_is_scaled_to_8_and_no_other_becomes_black(
         tmp_path, name, dtype, tag, value, seen):
-    """What has no white that the file tells is named. Tags of a TIFF are changed in the file."""
+    """A file that does not say what is white is refused by name. Tags are changed in the file."""
     file, entry = tmp_path / name, struct.pack("<HHI", tag, 3, 1)
     image = Image.fromarray(np.array([[0, 0x4000, 0x8000, 0xFFFF]] * 4).astype(dtype))
     image.save(file, tiffinfo={339: 1})  # without sign
@@ -1371,13 +1377,14 @@ def test_grey_of_12_or_16_bits_is_scaled_to_8_and_no_other_becomes_black(
 def test_pictures_are_turned_by_their_orientation_whatever_else_their_tags_say(tmp_path):
     """As Pillow turns them; but it cannot if another tag is not a number."""
     exif, file = Image.Exif(), tmp_path / "x.png"
-    for exif[ExifTags.Base.Orientation] in range(1, 9):
-        for number in (1, TiffImagePlugin.IFDRational(0, 0)):
-            exif[ExifTags.Base.ShutterSpeedValue] = number
+    for orientation in range(1, 9):
+        exif[ExifTags.Base.Orientation] = orientation
+        for speed in (1, TiffImagePlugin.IFDRational(0, 0)):
+            exif[ExifTags.Base.ShutterSpeedValue] = speed
             Image.fromarray(noise(4, 8, 3)).save(file, exif=exif)
+            if speed == 1:
+                upright = ImageOps.exif_transpose(Image.open(file))
             seen = train.read_image(file, is_frame=False)
-            with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image) if number == 1 else upright
             assert seen.size == upright.size and seen.tobytes() == upright.tobytes()
 
 
@@ -1436,13 +1443,13 @@ def test_shapes_depend_on_seed_and_number_alone_and_are_alike_at_every_size():
     assert not np.array_equal(look_at("shapes", 64, [0], seed=4)[0], images[:1])
     seen = images.reshape(120, 16, 4, 16, 4, 3).mean((2, 4))
     assert abs(seen - look_at("shapes", 16, range(120))[0]).max() <= 1
-    alike = {name: train.draw_shape(name, 16, 0.4, (0.5, 0.5), np.zeros(3), np.ones(3)).tobytes()
-             for name in train.SHAPES}
-    assert labels == [*range(6)] * 20 and len(set(alike.values())) == 6
+    drawings = {train.draw_shape(name, 16, 0.4, (0.5, 0.5), np.zeros(3), np.ones(3)).tobytes()
+                for name in train.SHAPES}
+    assert labels == [*range(6)] * 20 and len(drawings) == 6
 
 
 def test_a_shape_moves_straight_on_from_one_place_to_another():
-    """So two frames tell all that follow; the whole shape stays in the picture."""
+    """So two frames tell all that follows; the whole shape stays in the picture."""
     for i in range(50):
         radius, centres, *_ = train.shape_scene(0, i, 8)
         steps = np.diff(centres, axis=0)
@@ -1528,8 +1535,8 @@ def test_the_image_of_a_seed_depends_on_neither_batch_nor_processes(
     assert labels == labels_of_two == [0, 1, 2, 0, 1, 2, 0]
     assert abs(images.astype(int) - two).max() <= 1  # rounding of another batch size
     assert len({image.tobytes() for image in images}) == 7
-    labels, (alone,) = (train.choose_labels(seeds, ["random"], 99) for seeds in ([7, 3], [3]))
-    assert labels[1] == alone
+    pair, alone = (train.choose_labels(seeds, ["random"], 99) for seeds in ([7, 3], [3]))
+    assert pair[1:] == alone
 
     shares = []  # of two processes, one after the other
     for rank in (0, 1):
@@ -1557,12 +1564,9 @@ def test_a_folder_of_samples_is_completed_and_other_settings_are_refused(finishe
     assert contents(tmp_path) == everything and len(files) == 24
 
 
-def test_an_image_that_cannot_be_written_ends_the_script_whatever_its_batch(
-        finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "png", lambda folder, seed: folder / "12"[seed > 1] / f"{seed}.png")
-    (tmp_path / "2").mkdir()
-    (tmp_path / "settings.json").write_text("{}")
-    monkeypatch.setattr(sample, "refuse_others", lambda *_: None)
+def test_an_image_that_cannot_be_written_ends_the_script_whatever_its_batch(finished, tmp_path):
+    """In the first of twelve batches: a folder has the name of its temporary file."""
+    (tmp_path / ".000000.png.part").mkdir()
     line = error_line(*run(sample, finished, "--out", tmp_path, "--batch", 2, "--format", "folder",
                            "--device", "cpu"))
     assert "cannot read or write: " in line
@@ -1595,23 +1599,13 @@ def test_a_trajectory_ends_in_the_sample(finished, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # 15. Clips: the same scripts
 
-FILM = noise(6, 7, 8, 8, 3)  # six clips of seven frames that all differ
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    """An npz of clips in two classes, and a finished run on it that goes on from two frames."""
-    root = tmp_path_factory.mktemp("clips")
-    data = npz(root / "clips.npz", arr_0=FILM, arr_1=np.arange(6) % 2)
-    fit(root / "run", "--data", data, config=CLIPS)
-    return data, root / "run"
-
 
 def test_a_clip_is_a_folder_of_frames(tmp_path):
     """Frame 2 comes before frame 10; sub-folders are the classes; a window begins anywhere."""
     film = FILM.reshape(3, 14, 8, 8, 3)[:, :12]
-    for i, j in itertools.product(range(3), range(12)):
-        put(tmp_path / "aab"[i] / f"clip{i}", f"{j}.png", image=Image.fromarray(film[i, j]))
+    for i, name in enumerate(("a/clip0", "a/clip1", "b/clip2")):
+        for j in range(12):
+            put(tmp_path / name, f"{j}.png", image=Image.fromarray(film[i, j]))
     data = train.open_data(str(tmp_path), 8, 0, length=5)
     assert data.classes == ["a", "b"]
     images, labels = train.read_clips(data, range(3), [0.99] * 3)
@@ -1640,17 +1634,18 @@ def test_a_clip_that_is_broken_of_mixed_sizes_or_an_animation_is_named(tmp_path,
 
 
 def test_a_step_has_windows_of_clips_with_one_time_one_label_and_one_mirror(clips):
-    config, found = replace(CLIPS, batch=64, num_classes=2), Counter()
+    config = replace(CLIPS, batch=64, num_classes=2)
     data = train.open_data(str(clips[0]), 8, 0, length=5)
     images, y, t, seeds = batch = train.make_batch(data, config, 0, 0, 64, 0)
-    for i in range(64):
-        found[next((clip, begin, flip) for clip, begin, flip in itertools.product(
-            range(6), range(3), (1, -1)) if np.array_equal(
-                images[i], FILM[clip, begin : begin + 5, :, ::flip]))] += 1
-        assert len(set(t[i].tolist())) == 1 and set(y[i].tolist()) in ({0}, {1}, {2})
-    assert len(found) > 20 and {begin for _, begin, _ in found} == {0, 1, 2}
+    windows = {(clip, begin, flip): FILM[clip, begin : begin + 5, :, ::flip]
+               for clip, begin, flip in itertools.product(range(6), range(3), (1, -1))}
+    seen = [place for image in images for place, window in windows.items()
+            if np.array_equal(image, window)]
+    assert len(seen) == 64 and len(set(seen)) > 20 and {begin for _, begin, _ in seen} == {0, 1, 2}
+    for (clip, _, _), times, labels in zip(seen, t, y):
+        assert len(set(times.tolist())) == 1 and set(labels.tolist()) in ({clip % 2}, {2})
     x, _, _, eps, given = train.to_device(batch, CPU, torch.Generator(), config.given)
-    again = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seeds[1].item()))
+    again = normal(3, 3, 8, 8, seed=seeds[1].item())
     assert torch.equal(eps[3:6], again) and len(set(seeds.tolist())) == 64
     assert np.array_equal(train.to_uint8(x), images[:, 2:].flatten(0, 1))
     assert np.array_equal(train.to_uint8(given.reshape(128, 3, 8, 8)), images[:, :2].flatten(0, 1))
@@ -1659,9 +1654,8 @@ def test_a_step_has_windows_of_clips_with_one_time_one_label_and_one_mirror(clip
 def test_samples_of_clips_begin_with_the_given_frames(tmp_path, clips, monkeypatch):
     """In strips, an npz and an animation; the class is that of the clip, and other clips can be
     given. A strip depends on its seed alone, and its heading says what was given."""
-    (data, run_folder), headings, page = clips, [], train.page
-    monkeypatch.setattr(train, "page", lambda rows, heading: headings.append(heading) or page(
-        rows, heading))
+    (_, run_folder), page = clips, mock.Mock(wraps=train.page)
+    monkeypatch.setattr(train, "page", page)
     flags = ["--guidance", 3, "--interval", -99, 99]
     make_samples(run_folder, *flags, "--count", 8, "--format", "npz", "--out", tmp_path / "a")
     images, labels = (np.load(tmp_path / "a.npz")[name] for name in ("arr_0", "arr_1"))
@@ -1672,7 +1666,7 @@ def test_samples_of_clips_begin_with_the_given_frames(tmp_path, clips, monkeypat
                  tmp_path / "b", "--batch", 3)
     assert Image.open(tmp_path / "b.webp").n_frames == 5
     make_samples(run_folder, "--out", tmp_path / "c", "--seeds", 5, 5, *flags)
-    assert headings[-1] == ["", "given", "given", "3", "4", "5"]
+    assert page.call_args.args[1] == ["", "given", "given", "3", "4", "5"]
     a, b, c = (np.asarray(Image.open(tmp_path / f"{name}/000005.png")) for name in "abc")
     assert np.array_equal(a, c) and np.array_equal(a, np.concatenate(images[5], axis=1))
     assert np.array_equal(b[:, :8], FILM[0, 0])
@@ -1794,7 +1788,7 @@ def test_bad_input_ends_with_one_clear_line_and_changes_nothing(
     assert contents(bad, finished, folder) == before and not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root may read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_may_not_be_read_is_named(tmp_path):
     put(tmp_path, "a/1.png", "b/1.png")
     (tmp_path / "b").chmod(0)
@@ -1826,7 +1820,7 @@ def test_a_file_from_elsewhere_cannot_run_code(tmp_path):
 def test_names_may_have_letters_that_the_terminal_has_not(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     data = put(tmp_path / "data", "\u732b/1.png", "\u72ac/1.png")
-    (_, out, _), = results(launch(ROOT / "train.py", "--data", data, "--out", tmp_path / "run",
+    [(_, out, _)] = results(launch(ROOT / "train.py", "--data", data, "--out", tmp_path / "run",
                                   *flags_of(replace(TINY, steps=1))))
     assert r"2 images, 2 classes: \u72ac, \u732b" in out
 
@@ -1869,9 +1863,9 @@ def test_the_readme_runs_as_it_stands(tmp_path):
 
 
 def judge(data, flip):
-    """A small network that has learned the classes of 20,000 drawings, or of up to 45,000 other
-    images. It names images, -1 if they show nothing: less than 40 grey levels in each channel; and
-    gives their 128 features. Also a tenth as many images that it has not seen, and their labels."""
+    """A small network that has learned the classes of nine tenths of 22,000 drawings, or of up to
+    50,000 other images. It names images, -1 if they show nothing (less than 40 grey levels in each
+    channel), and gives their 128 features. Also the other tenth, not seen, and its labels."""
 
     def conv(a, b):
         return [torch.nn.Conv2d(a, b, 3, padding=1), torch.nn.BatchNorm2d(b), torch.nn.ReLU()]
@@ -1941,14 +1935,17 @@ def test_samples_show_what_they_were_made_for():
     truth, y = train.read_clips(data, seeds, [0.0] * 400)
     if not config.given:
         y = np.array(train.choose_labels(seeds, range(len(data.classes)), len(data.classes)))
-    sets = {"empty": (0 * truth, y), "unseen": (real[:, None], labels)}
+    sets = {"empty": (0 * truth, y)}
     if config.given:
         copied = truth[:, [config.given - 1]].repeat(config.frames, 1)
-        sets = {"empty": (0 * truth, y), "the future": (truth, y), "copied": (copied, y)}
+        sets |= {"the future": (truth, y), "copied": (copied, y)}
+    else:
+        sets["unseen"] = real[::2, None], labels[::2]
     for title, weights, scale in (("untrained", None, 1.0), ("unguided", state["ema"], 1.0),
                                   ("guided", state["ema"], config.guidance)):
         net = sid2.ResidualUViT(config).eval()
-        net.load_state_dict(weights or net.state_dict())
+        if weights:
+            net.load_state_dict(weights)
         with train.choose_precision(CPU, "auto")[1]:
             parts = train.sample_images(net, replace(config, guidance=scale), seeds, y.tolist(),
                                         CPU, 64, data)
@@ -1957,7 +1954,7 @@ def test_samples_show_what_they_were_made_for():
         images, wanted = (np.load(file)[name] for name in ("arr_0", "arr_1"))
         sets[file.name] = images.reshape(len(images), -1, *images.shape[-3:]), wanted
 
-    there, shown, off = look(real)[1], {}, {}
+    there, shown, off = look(real[1::2])[1], {}, {}
     for title, (clips, wanted) in sets.items():
         frames = clips[:, -config.frames :]
         seen, features = look(frames.reshape(-1, *frames.shape[2:]))
@@ -2007,8 +2004,8 @@ def test_inception_equals_pytorch_fids_on_the_same_random_weights(monkeypatch):
 
 
 def test_inception_has_the_tensors_of_the_published_weights_and_three_outputs():
-    """Its means leave out the padding: of a constant they are that constant, to the very edge. Only
-    Mixed_7c takes maxima."""
+    """Its means leave out the padding: of a constant they are that constant, to the very edge.
+    Mixed_7c takes maxima instead."""
     net = fid.load_inception("random")
     shapes = {k: v.shape for k, v in net.state_dict().items() if "num_batches" not in k}
     assert len(shapes) == 472 and sum(map(math.prod, shapes.values())) == 23_885_392
@@ -2044,6 +2041,7 @@ def test_weights_are_loaded_if_their_hash_is_right(tmp_path, monkeypatch):
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     file = file.rename(tmp_path / f"weights-{digest[:8]}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    # called as the class is, fresh.train returns fresh
     for name, value in dict(Inception=fresh.train, URL=file.as_uri(), SHA256=digest).items():
         monkeypatch.setattr(fid, name, value)
     for path in (None, str(file)):
@@ -2081,7 +2079,8 @@ def test_frechet_distance_has_its_closed_forms():
 
 
 def test_precision_and_recall_equal_brute_force():
-    """Third neighbours, the point itself not counted; balls around the reference: precision."""
+    """Balls reach the third neighbour, the point itself not counted; those around the reference
+    give precision."""
     real, fake = gaussian(60, 5).float(), gaussian(45, 5, seed=1).float() * 0.7
 
     def share(points, centres):
@@ -2195,7 +2194,7 @@ def score(tmp_path, monkeypatch):
     return score
 
 
-def test_script_saves_statistics_and_scores_against_them(score):
+def test_the_script_saves_statistics_and_scores_against_them(score):
     """The README's commands, on images that are also the reference. ADM's files have images too:
     precision and recall are of these, FID of mu and sigma. Notes name sizes that differ, and few
     images."""
