@@ -656,7 +656,7 @@ def test_image_i_depends_on_seed_i_alone():
 def test_a_sample_is_the_last_x_hat_of_the_configured_steps(gamma, noise_low, noise_high):
     """The grid is t = 1, 1 - 1/S, ..., 1/S, of the configured noise."""
     config = replace(TINY, sample_steps=5, gamma=gamma, noise_low=noise_low, noise_high=noise_high)
-    net, y = shaken(config, scale=0.1), torch.tensor([0])
+    net, y = shaken(config, scale=0.1), torch.tensor([1])
     logsnr, _ = sid2.schedule(torch.tensor([1, 0.8, 0.6, 0.4, 0.2]), 8, noise_low, noise_high)
     assert_close(sid2.sampling_grid(config)[0], logsnr)
     steps, x = list(sid2.sample_steps(net, config, [3], y)), sid2.sample(net, config, [3], y)
