@@ -99,7 +99,7 @@ PRESETS = {
     "shapes": Config(16, 1, (32, 64, 128), "RRT", depth=(2, 2), middle=2, width=256, head_width=64,
                      dropout=0.0, num_classes=6, noise_low=16, bias=0.0, steps=1200, batch=64,
                      lr=2e-3, warmup=100, flip=False, sample_steps=32, guidance=4.0,
-                     interval=(-6.0, 6.0)),  # [ours]
+                     interval=(-6.0, 0.0)),  # [ours]
     "cifar10": Config(32, 1, (128, 256, 512), "RTT", middle=8, width=512, head_width=64,
                       num_classes=10, bias=2.0, steps=40_000, batch=256, lr=3e-4, warmup=1000,
                       ema=0.9995, sample_steps=256),  # [ours]

@@ -1846,17 +1846,46 @@ def test_what_torchrun_sets_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypa
 # 17. README, and the quality of a real run
 
 
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_recipe_in_the_readme_is_that_of_the_module():
+    """Its lines need nothing but a network. With the same random numbers they give the same."""
+    lines = {}
+    exec(re.search("```python\n(import math.*?)```", README, re.S)[1], lines)
+    for config in sid2.PRESETS["imagenet64"], sid2.PRESETS["imagenet128"]:
+        config = replace(config, num_classes=4, sample_steps=12, guidance=3.0)
+        S, y = config.image_size, torch.tensor([3, 0])
+
+        def net(z, logsnr, y):
+            return torch.sin(z + (y + logsnr)[:, None, None, None])
+
+        x = normal(2, 3, S, S).clamp(-1, 1)
+        torch.manual_seed(0)
+        loss = lines["training_loss"](net, x, y, config.bias)
+        torch.manual_seed(0)
+        t = sid2.low_discrepancy_times(2, torch.rand(1).item())
+        assert_close(loss, sid2.training_loss(net, config, x, y, t, torch.randn_like(x)).mean())
+        torch.manual_seed(5)
+        image = lines["sample"](net, y[:1], 4, S, 3.0, config.interval, steps=12)
+        assert {*sid2.sampling_grid(config)[1]} == {False, True}
+        assert_close(image, sid2.sample(net, config, [5], y[:1]), rtol=0, atol=1e-4)
+
+
 def test_the_readme_runs_as_it_stands(tmp_path):
-    """Its Python does, and its commands have flags that exist. --help says what each flag means."""
-    readme, names = (ROOT / "README.md").read_text("utf-8"), {}
+    """Its Python does, its commands have flags that exist, and lines that it quotes from the module
+    stand there. --help says what each flag means."""
+    names = {}
     fit(tmp_path / "run")
-    for block in re.findall("```python\n(.*?)```", readme, re.S):
+    for block in re.findall("```python\n(.*?)```", README, re.S):
         exec(block.replace("RUN", str(tmp_path / "run")), names)
-    assert names["loss"].isfinite() and names["x_hat"].shape == names["x"].shape
+    assert names["images"].shape == (8, 3, 8, 8)
+    quoted = re.findall(r"`(\w+ = [^`]*)`", README)
+    assert len(quoted) > 2 and all(line in SOURCE for line in quoted)
     helps = {script.__name__: run(script, "--help")[1] for script in (train, sample, fid)}
     assert "the weighting sigmoid(b - logsnr)" in " ".join(helps["train"].split())
     flags = {name: {*re.findall(r"--[a-z][a-z-]+", text)} for name, text in helps.items()}
-    commands = re.findall(r"(train|sample|fid)\.py ([^`]*?(?<!\\))[\n`]", readme)
+    commands = re.findall(r"(train|sample|fid)\.py ([^`]*?(?<!\\))[\n`]", README)
     assert len(commands) > 9
     for name, command in commands:
         assert set(re.findall(r"--[a-z][a-z-]+", command)) <= flags[name], command
