@@ -1107,6 +1107,19 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, folder, finished, 
     assert [*contents(tmp_path / "samples").values()] == [*contents(finished / "samples").values()]
 
 
+def test_a_second_ctrl_c_amid_saving_is_an_interruption(tmp_path, monkeypatch):
+    """torch's writer then raises an error of its own."""
+    def save(state, file):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos")
+
+    monkeypatch.setattr(torch, "save", save)
+    code, _, err = run(train, "--out", tmp_path / "run", *flags_of(TINY))
+    assert code == 130 and err.endswith("error: interrupted; what was written before is whole\n")
+
+
 def test_under_nohup_a_closed_terminal_ends_nothing():
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     train.on_signals(signal.default_int_handler)

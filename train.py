@@ -887,7 +887,10 @@ def guarded(main: Callable):
             dist.destroy_process_group()
             sys.stdout.flush()
             os._exit(0)  # gloo's threads may abort while Python shuts down, so it does not
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as raised:
+        # torch.save answers a second Ctrl-C with an error of its own
+        interrupted = isinstance(raised.__context__, KeyboardInterrupt)
+        error = raised.__context__ if interrupted else raised
         message = explain(error)
         if not message or "SID2_TRACEBACK" in os.environ:
             raise
