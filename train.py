@@ -916,8 +916,8 @@ def explain(error: BaseException) -> str:
     if "Connection closed by peer" in str(error):
         return "another process has ended: its own message says why"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return (f"torch.compile cannot work here ({str(error)[:200]}): leave out --compile, and give "
-                "train.py --no-compile")
+        return (f"torch.compile cannot work here ({str(error)[:200]}): leave out --compile, "
+                "in train.py give --no-compile")
     return ""
 
 
