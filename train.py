@@ -839,7 +839,7 @@ CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 def open_cifar10() -> Data:
     """The 50,000 training images of the binary archive: a label and 3 x 32 x 32 bytes each."""
     archive = Path(torch.hub.get_dir(), "cifar-10-binary.tar.gz")
-    with reading(archive, f"the archive that {CIFAR10} gives"):
+    with reading(archive, f"CIFAR-10's archive, to be put there from {CIFAR10}"):
         if os.environ.get("LOCAL_RANK", "0") == "0" and not archive.is_file():
             archive.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(CIFAR10, archive, hash_prefix=CIFAR10_SHA256)
