@@ -1966,9 +1966,9 @@ def centre(frames):
 def test_samples_show_what_they_were_made_for():
     """A judge trained on the run's data says what 400 samples show, and how far their features lie
     from those of images that the judge has not seen, though the run may have: untrained, unguided,
-    guided; then every npz in the run's folder.
-    Of clips of shapes that no run has seen, also how far in pixels the shape is from where it must
-    be in each frame, unless that is empty, and how far pixels inside are off in grey levels."""
+    guided; then every npz in the run's folder. Of clips of shapes that no run has seen, also how
+    far in pixels the shape is from where it must be in each frame, unless that is empty, and how
+    far pixels inside are off in grey levels."""
     folder = Path(os.environ["SID2_RUN"])
     state = train.load_checkpoint(folder)
     config, seeds = state["config"], list(range(400))
