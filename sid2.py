@@ -28,8 +28,7 @@ No code of the authors was ever released. Every constant says in brackets where 
     [derived] arithmetic from the above, shown by a test
     [ours]    in no text that we could read: our choice, with its reason
 
-Each section needs only the imports and the sections above it: copy from the top down to the part
-that you want.
+Each section needs only the imports and those above it: copy down to the part that you want.
 """
 
 import math
@@ -64,10 +63,9 @@ class Config:
     given: int = 0  # frames that a clip goes on from, and that are not generated [SiD2]
     # noise process and loss
     noise_low: int = 32  # shifts logsnr by 2 log(noise_low / image_size) at t = 1 [SiD2*]
-    noise_high: int = 0  # the same at t = 0; 0 means the image size: no shift [SiD2*] [MCM]
     bias: float = 0.0  # b of the weighting sigmoid(b - logsnr), by image size [SiD2*] [VDM++] [HD]
     # training
-    steps: int = 500_000  # of training [SD]
+    steps: int = 1_000_000  # of training, by a cost that others quote [SiD2*]
     batch: int = 2048  # images, or clips, per step, over all processes [SD]
     lr: float = 1e-4  # learning rate of Adam, constant after the warm-up [SD]
     warmup: int = 10_000  # steps in which the learning rate rises from 0 to lr [SD] [HD]
@@ -88,6 +86,8 @@ class Config:
 # `shapes` and `moving` are for minutes on two CPU cores, `cifar10` for one GPU. The other rows are
 # the paper's, and were not trained here. imagenet64 has a network of its own [MCM]. All rows from
 # 128 pixels up are one network: compute grows by finer patches, not by more parameters [SiD2].
+# imagenet256_p1 saw 1280 epochs, 0.8 M steps, by a table in arXiv 2510.11690 [SiD2*]. Hours quoted
+# elsewhere agree: they come to as many for imagenet512_p2, to 1.0 M for 137 GMAC [SiD2*].
 # Noise runs from 32 to the image size [MCM] for 64 and 128 px, [SiD2*] for 512 px, by analogy
 # [derived] for 256 px. The bias is [VDM++] [HD] for 64 px, [SiD2*] for the rest, and -1 at 256 px
 # stands in [DFoT] too. The guidance interval of [GI] belongs to 64 x 64 latents: the ImageNet rows
@@ -111,9 +111,9 @@ PRESETS = {
     "imagenet64":     Config( 64, 1, (256, 512, 1024), "RTT", bias=2.0),
     "imagenet128":    Config(128, 1, *UVIT, bias=0.0, interval=(-3.52, 1.16)),
     "imagenet256_p2": Config(256, 2, *UVIT, bias=-1.0, interval=(-4.90, -0.23)),
-    "imagenet256_p1": Config(256, 1, *UVIT, bias=-1.0, interval=(-4.90, -0.23)),
+    "imagenet256_p1": Config(256, 1, *UVIT, bias=-1.0, interval=(-4.90, -0.23), steps=800_000),
     "imagenet512_p4": Config(512, 4, *UVIT, bias=-3.0, interval=(-6.29, -1.61)),
-    "imagenet512_p2": Config(512, 2, *UVIT, bias=-3.0, interval=(-6.29, -1.61)),
+    "imagenet512_p2": Config(512, 2, *UVIT, bias=-3.0, interval=(-6.29, -1.61), steps=800_000),
     "kinetics600_p2": Config(128, 2, *UVIT, bias=0.0, num_classes=0, frames=11, given=5, batch=256),
 }
 
@@ -121,28 +121,26 @@ PRESETS = {
 # 2. Noise process: variance preserving, in float32 whatever the autocast state
 
 
-def schedule(t: Tensor, image_size: int, noise_low: int = 32,  # [SiD2*]
-             noise_high: int = 0) -> tuple[Tensor, Tensor]:
+def schedule(t: Tensor, image_size: int, noise_low: int = 32) -> tuple[Tensor, Tensor]:
     """Interpolated shifted cosine: logsnr(t) in nats and its slope dlogsnr/dt, shaped as t [SiD2*].
 
-        logsnr(t) = -2 log tan(u) + (1 - t) shift(noise_high) + t shift(noise_low)
-        u = u_0 + t (u_1 - u_0),   shift(resolution) = 2 log(resolution / image_size)
+        logsnr(t) = -2 log tan(u) + t shift
+        u = u_0 + t (u_1 - u_0),   shift = 2 log(noise_low / image_size)
 
     The cosine term runs from +10 to -10 ([SD] and [HD] have 15), so both ends are finite. The shift
-    is that of [SD] and [HD]: averaging 2x2 pixels divides the noise variance by 4, so 128 px at
-    noise resolution 64, pooled to 64 px, is exactly as noisy as 64 px unshifted. noise_high = 0 is
-    the image size, with shift 0. At t = 1, noise_low = 32 makes any size as noisy as 32 px.
+    is that of [SD] and [HD]: averaging 2x2 pixels divides the noise variance by 4, so 128 px with
+    noise_low 64, pooled to 64 px, is exactly as noisy as 64 px without a shift. There is none at
+    t = 0 [SiD2*] [MCM]; at t = 1, noise_low = 32 makes any size as noisy as 32 px.
 
     Traps: public transcriptions of the paper print the shift with the opposite sign and half the
     size. Computed in bfloat16, logsnr is off by up to 1.3 nats.
     """
     t = t.float()
     u_0, u_1 = math.atan(math.exp(-10 / 2)), math.atan(math.exp(10 / 2))  # logsnr +10, -10 [SiD2*]
-    shift_low = 2 * math.log(noise_low / image_size)
-    shift_high = 2 * math.log((noise_high or image_size) / image_size)
+    shift = 2 * math.log(noise_low / image_size)
     u = u_0 + t * (u_1 - u_0)
-    logsnr = -2 * torch.log(torch.tan(u)) + (1 - t) * shift_high + t * shift_low
-    slope = -4 * (u_1 - u_0) / torch.sin(2 * u) + shift_low - shift_high  # [derived]
+    logsnr = -2 * torch.log(torch.tan(u)) + t * shift
+    slope = -4 * (u_1 - u_0) / torch.sin(2 * u) + shift  # [derived]
     return logsnr, slope
 
 
@@ -178,9 +176,9 @@ def sigmoid_loss(v_hat: Tensor, v: Tensor, logsnr: Tensor, slope: Tensor, bias: 
     of sigmoid(bias - logsnr) it is the diffusion part of the variational bound. Because of
     -dlogsnr/dt its mean over t depends on the schedule through the two end points only.
 
-    Witnesses: [UL] draws this weight; [HD] has this loss, without the ½, as the paper's equation 4.
-    Traps: public SiD2 losses leave out -dlogsnr/dt, or put the weight that belongs to the error in
-    x, e^bias sigmoid(logsnr - bias) [SiD2*] [HD], on the error in v.
+    Witnesses: [UL] draws this weight; lib/training/gaussian_loss.py of [HD] has this loss, without
+    the ½, as the paper's equation 4. Traps: public SiD2 losses leave out -dlogsnr/dt, or give to
+    the error in v the weight of that in x, e^bias sigmoid(logsnr - bias) [SiD2*] [HD].
     """
     weight = 0.5 * -slope * torch.sigmoid(bias - logsnr) * torch.sigmoid(logsnr)
     return weight * (v_hat.float() - v).square().mean((1, 2, 3))
@@ -190,7 +188,7 @@ def training_loss(net, config: Config, x: Tensor, y: Tensor, t: Tensor, eps: Ten
     """The loss of each image, (B,), at times t (B,) with noise eps (B, 3, H, W); backpropagate its
     mean. net(z, logsnr, y) -> v_hat may be any callable. The caller has set a share
     config.label_dropout of y to the null class, config.num_classes."""
-    logsnr, slope = schedule(t, config.image_size, config.noise_low, config.noise_high)
+    logsnr, slope = schedule(t, config.image_size, config.noise_low)
     alpha, sigma = alpha_sigma(logsnr)
     z = alpha * x + sigma * eps
     v = alpha * eps - sigma * x  # what the network predicts [SiD2*]
@@ -249,6 +247,8 @@ class ResBlock(nn.Module):
         self.conv2 = zero(Conv3x3(channels))
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        # Trap: Inductor 2.10 to 2.13 may lose gradients of these two, in MLP too (pytorch issue
+        # 193061), unless TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 was set before torch was imported
         scale, offset = self.film(c)[:, None, None].chunk(2, dim=-1)  # each (B, 1, 1, C)
         branch = self.conv1(F.silu(self.norm1(h)))
         branch = self.norm2(branch) * (1 + scale) + offset
@@ -274,8 +274,7 @@ class MLP(nn.Module):
 
 class Attention(nn.Module):
     """Each place of an image sees all its places; in a clip, those of all frames [DFoT]. q and k
-    are normalised [SD] [HD], each head by itself: else logits grow in long training.
-    """
+    are normalised [SD] [HD], each head by itself: else logits grow in long training."""
 
     def __init__(self, channels: int, head_width: int, frames: int):
         super().__init__()
@@ -479,20 +478,20 @@ def sampling_grid(config: Config) -> tuple[Tensor, list[bool]]:
     """logsnr (S,) at the times 1, 1 - 1/S, ..., 1/S of the S steps [SD]; and which of them are
     guided: where interval[0] <= logsnr < interval[1] [GI]; none without classes or at scale 1."""
     t = torch.arange(config.sample_steps, 0, -1) / config.sample_steps
-    logsnr, _ = schedule(t, config.image_size, config.noise_low, config.noise_high)
+    logsnr, _ = schedule(t, config.image_size, config.noise_low)
     low, high = config.interval
     can_guide = config.num_classes > 0 and config.guidance != 1
     return logsnr, [can_guide and low <= value < high for value in logsnr.tolist()]
 
 
 @torch.no_grad()
-def sample_steps(net, config: Config, seeds: list[int], y: Tensor):
+def trajectory(net, config: Config, seeds: list[int], y: Tensor):
     """Yields (z, x_hat) at each of S steps; x_hat is clipped to [-1, 1]; the last is the sample.
 
-    net(z, logsnr, y) -> v_hat; y: (B,) labels on the device to use. All noise of image i, or of
-    clip i, comes from seeds[i], so neither its batch nor the number of processes matters. Guidance
-    is x_null + guidance (x_y - x_null). Steps without it skip the pass of the null class: S (1 + f)
-    passes in all, if the fraction f of the steps is guided.
+    net(z, logsnr, y) -> v_hat must be in eval mode, else dropout acts; y: (B,) labels on the device
+    to use. All noise of image i, or of clip i, comes from seeds[i]: neither its batch nor the
+    number of processes matters. Guidance is x_null + guidance (x_y - x_null). Steps without it skip
+    the pass of the null class: S (1 + f) passes in all, if the fraction f of the steps is guided.
     """
     if config.sampler not in ("ddpm", "ddim"):
         raise ValueError(f"sampler must be ddpm or ddim, got {config.sampler}")
@@ -524,8 +523,8 @@ def sample_steps(net, config: Config, seeds: list[int], y: Tensor):
 
 
 def sample(net, config: Config, seeds: list[int], y: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1]: the last x_hat of sample_steps, which says the rest."""
-    for _, x_hat in sample_steps(net, config, seeds, y):
+    """Images (B, 3, H, W) in [-1, 1]: the last x_hat of `trajectory`, which says the rest."""
+    for _, x_hat in trajectory(net, config, seeds, y):
         pass
     return x_hat
 
@@ -538,8 +537,7 @@ def sample(net, config: Config, seeds: list[int], y: Tensor) -> Tensor:
 def ema_update(average: nn.Module, net: nn.Module, updates: int, decay: float):
     """average = decay average + (1 - decay) net, for all parameters; this network has no buffers.
     updates: how many were done before; the decay grows from 0.1 on, so that short runs forget their
-    first weights. torch._foreach_lerp_ is private: it is Tensor.lerp_ for all tensors in one call.
-    """
+    first weights. torch._foreach_lerp_, which is private, is Tensor.lerp_ for all in one call."""
     decay = min(decay, (1 + updates) / (10 + updates))  # a warm-up common in the field [ours]
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
@@ -580,7 +578,7 @@ def main():
                   for level, (kind, channels) in enumerate(zip(config.blocks, config.channels))]
         print(f"{name:15} {parameters / 1e6:11.1f} {published_parameters:>11} {gmac:10.2f} "
               f"{published_gmac:>11} {published_fid:>16} {config.bias:5.0f}  {config.noise_low:3}-"
-              f"{config.noise_high or config.image_size:3}", *levels, sep="  ")
+              f"{config.image_size:3}", *levels, sep="  ")
 
 
 if __name__ == "__main__":
