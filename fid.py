@@ -22,6 +22,8 @@ Sources: [TTUR] FID, arXiv 1706.08500; [IS] 1606.03498; [ADM] the evaluator of 2
 import argparse
 import hashlib
 import json
+import os
+import tempfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,10 +36,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from train import (InputError, Parser, guarded, held, open_folder, open_npz, replacing, setup,
-                   take)
+from train import InputError, find_files, in_one_line, leave, progress, read_image, replacing, setup
 
 # --------------------------------------------------------------------------------------------------
 # 1. The network: Google's Inception of 2015-12-05. (!) marks where torchvision's differs
@@ -139,15 +139,13 @@ def load_inception(path: str | None) -> Inception:
             if p.ndim > 1:  # He: the features of all layers have the same power
                 nn.init.kaiming_normal_(p, nonlinearity="relu", generator=generator)
         return net
-    try:
+    with in_one_line(f"no weights of Inception at {path or URL}: fetch {URL} (95,628,359 bytes, "
+                     f"sha256 {SHA256}) and give --inception PATH"):
         if path is None:
             torch.hub.load_state_dict_from_url(URL, None, "cpu", check_hash=True, weights_only=True)
             path = Path(torch.hub.get_dir(), "checkpoints", Path(URL).name)
         if hashlib.sha256(Path(path).read_bytes()).hexdigest() != SHA256:
             raise ValueError("its sha256 is another")
-    except Exception as error:  # of file, urllib, ssl, http or torch
-        raise InputError(f"no weights of Inception at {path or URL} ({error}): fetch {URL} "
-                         f"(95,628,359 bytes, sha256 {SHA256}) and give --inception PATH")
     state = torch.load(path, map_location="cpu", weights_only=True)
     net.load_state_dict(dict(state))  # a plain dict may lack num_batches_tracked, as the file does
     return net
@@ -236,12 +234,12 @@ class Source:
 def images_of(path: Path, crop: int | None) -> Source:
     """All images in a folder and below, as train.py reads them: upright by EXIF, transparency over
     white. (pytorch-fid does neither.) crop: size of ADM's centre crop; None: as they are."""
-    data, pool = open_folder(path, crop, labelled=False), ThreadPoolExecutor()
+    files, pool = find_files(path), ThreadPoolExecutor()
 
     def read(numbers: np.ndarray) -> list[np.ndarray]:
-        return [image for image, in pool.map(lambda i: data.read(i, 0.0), numbers.tolist())]
+        return list(pool.map(lambda i: read_image(path / files[i], crop), numbers.tolist()))
 
-    return Source(str(path), len(data.labels), read)
+    return Source(str(path), len(files), read)
 
 
 SHAPES = dict(mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023), n=())
@@ -267,7 +265,8 @@ def open_source(name: str, crop: int | None = None) -> Source:
                          "makes samples to score")
     if path.is_dir():
         return images_of(path, crop)
-    arrays = open_npz(path)
+    with in_one_line(f"{path} cannot be read as an npz"), np.load(path, allow_pickle=False) as npz:
+        arrays = dict(npz)
     statistics, images = statistics_of(path, arrays), arrays.get("arr_0")
     has = statistics.keys()
     whole = ("mu" in has) == ("sigma" in has) and ("mu_s" in has) == ("sigma_s" in has)
@@ -275,11 +274,12 @@ def open_source(name: str, crop: int | None = None) -> Source:
         whole &= images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
         whole &= images.size > 0
     if not whole or images is None and "mu" not in has:
-        raise InputError(f"{path} holds {held(arrays)}; wanted: arr_0 uint8 (N, H, W, 3), or mu "
-                         "and sigma, or both")
+        held = ", ".join(f"{key} {value.dtype} {value.shape}" for key, value in arrays.items())
+        raise InputError(f"{path} holds {held}; wanted: arr_0 uint8 (N, H, W, 3), or mu and sigma, "
+                         "or both")
     if images is None:
         return Source(str(path), statistics=statistics)
-    return Source(str(path), len(images), lambda numbers: take(images, numbers), statistics)
+    return Source(str(path), len(images), lambda numbers: images[numbers], statistics)
 
 
 @torch.inference_mode()
@@ -299,7 +299,7 @@ def measure(source: Source, net: Callable, device: torch.device, batch: int = 50
     order = torch.from_numpy(np.random.default_rng(0).permutation(n)).to(place)
 
     mine = np.array_split(np.arange(n), world)[rank]
-    with tqdm(total=len(mine), desc=source.name, unit="img", disable=rank > 0) as bar:
+    with progress(total=len(mine), desc=source.name, unit="img") as bar:
         for part in (mine[i : i + batch] for i in range(0, len(mine), batch)):
             images = source.read(part)
             shapes = [image.shape for image in images]
@@ -376,19 +376,20 @@ def main():
             source.statistics |= measured
     if rank == 0:
         report(args, samples, others, dict(device=str(device), processes=world))
+    leave()
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("samples", help="folder or npz")
-    add("references", nargs="*", help="folders or npz")
-    add("--save-stats", metavar="OUT.npz", help="write statistics of SAMPLES")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add, file = parser.add_argument, os.path.expanduser
+    add("samples", type=file, help="folder or npz")
+    add("references", type=file, nargs="*", help="folders or npz")
+    add("--save-stats", type=file, metavar="OUT.npz", help="write statistics of SAMPLES")
     add("--precision-recall", action="store_true", help="holds 4 KB per sample")
     add("--kid", action="store_true", help="holds 4 KB per sample")
     add("--crop", type=int, help="ADM's centre crop of all folders, in pixels")
-    add("--inception", metavar="PATH", help="default: downloaded once; or `random`")
-    add("--out", metavar="OUT.json", help="default: beside SAMPLES")
+    add("--inception", type=file, metavar="PATH", help="default: downloaded once; or `random`")
+    add("--out", type=file, metavar="OUT.json", help="default: beside SAMPLES")
     add("--batch", type=int, default=50, help="images at once, per process")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto")
     args = parser.parse_args()
@@ -398,15 +399,14 @@ def parse() -> argparse.Namespace:
     if bool(args.save_stats) == bool(args.references):
         raise InputError("give SAMPLES REFERENCE, or DATA --save-stats OUT.npz")
 
-    # where the result goes
     args.out = args.out or f"{Path(args.save_stats or args.samples)}.fid.json"
     if args.save_stats and Path(args.save_stats) == Path(args.out):
         raise InputError(f"--out and --save-stats both name {args.out}: give another name to one")
-    for flag, name in {"--out": args.out, "--save-stats name": args.save_stats}.items():
-        if name and Path(name).exists():
-            raise InputError(f"{name} exists: remove it, or give another {flag}")
-        if name and not Path(name).parent.is_dir():
-            raise InputError(f"cannot write {name}: there is no folder {Path(name).parent}")
+    for name in filter(None, (args.out, args.save_stats)):
+        if Path(name).exists():
+            raise InputError(f"{name} exists: remove it, or give another name")
+        with in_one_line(f"{name} cannot be written"):
+            tempfile.TemporaryFile(dir=Path(name).parent).close()
     return args
 
 
@@ -447,4 +447,4 @@ def report(args: argparse.Namespace, samples: Source, references: list[Source], 
 
 
 if __name__ == "__main__":
-    guarded(main)
+    main()
