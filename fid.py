@@ -402,7 +402,7 @@ def parse() -> argparse.Namespace:
     args.out = args.out or f"{Path(args.save_stats or args.samples)}.fid.json"
     if args.save_stats and Path(args.save_stats) == Path(args.out):
         raise InputError(f"--out and --save-stats both name {args.out}: give another name to one")
-    for name in filter(None, (args.out, args.save_stats)):
+    for name in filter(None, (args.save_stats, args.out)):
         if Path(name).exists():
             raise InputError(f"{name} exists: remove it, or give another name")
         with in_one_line(f"{name} cannot be written"):

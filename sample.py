@@ -69,14 +69,14 @@ def main():
     agree()  # the last image is there
     if rank == 0 and not args.trajectory and args.format != "folder":
         pack(folder, path, labels, names, config)
+    say(f"wrote {path}")
     leave()
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      usage="%(prog)s RUN [FLAG ...]")
-    add = parser.add_argument
-    file = os.path.expanduser
+    add, file = parser.add_argument, os.path.expanduser
     add("run", type=file, help="folder or checkpoint.pt of a run of train.py")
     add("--out", type=file, help="folder of the PNGs; default: samples-STEP-HASH in the run's")
     add("--format", choices=["grid", "folder", "npz", "animation"], default="grid",
@@ -106,9 +106,10 @@ def configure(args: argparse.Namespace, config: sid2.Config) -> sid2.Config:
                  guidance=args.guidance, interval=args.interval and tuple(args.interval))
     config = replace(config, **{key: value for key, value in flags.items() if value is not None})
     check(config, batch=args.batch, count=args.count)
+    if config.num_classes == 0 and args.guidance not in (None, 1):
+        raise InputError(f"--guidance needs classes: {args.run} has no classes")
     if config.given and args.classes or args.data and not config.given:
-        raise InputError("--data is for runs with given frames, whose clips have their own class; "
-                         "--classes is for other runs")
+        raise InputError("--data is for runs with given frames, --classes is for the others")
     is_clip = config.given + config.frames > 1
     if is_clip and args.trajectory or not is_clip and args.format == "animation":
         raise InputError("--trajectory shows images, --format animation shows clips")
@@ -144,25 +145,24 @@ def open_samples(args: argparse.Namespace, settings: dict, rank: int) -> tuple[P
     """The folder of the PNGs, and the file beside it. The folder is new or made with the same
     settings, which lie there as JSON; its default name has a hash of them."""
     run = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
-    code = zlib.crc32(json.dumps(settings).encode())
-    default = run / f"samples-{settings['step']:07d}-{code:08x}"
+    text = json.dumps(settings, indent=1)
+    default = run / f"samples-{settings['step']:07d}-{zlib.crc32(text.encode()):08x}"
     folder = Path(args.out or default).absolute()
     suffixes = dict(grid=".png", npz=".npz", animation=".webp", folder="")
     suffix = "-trajectory.png" if args.trajectory else suffixes[args.format]
     path = folder.with_name(folder.name + suffix)
     file = folder / "settings.json"
-    settings = json.loads(json.dumps(settings))  # as they are read back
     if file.exists():
         with in_one_line(f"{file} cannot be read"):
             before = dict(json.loads(file.read_text()))
-        refuse_others(folder, before, settings)
+        refuse_others(folder, before, json.loads(text))
     elif path.is_file() or any(folder.glob("[!.]*")):
         raise InputError(f"{folder} or {path.name} is not from sample.py: give another --out")
     agree()  # all have looked before one writes
     if rank == 0:
         lock(folder)
         with replacing(file) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1))
+            temporary.write_text(text)
     agree()  # the folder is there
     return folder, path
 
@@ -196,7 +196,6 @@ def pack(folder: Path, path: Path, labels: list[int], names: list[str], config: 
             pages = [grid(images[:, [i]], labels, names) for i in range(length)]
             pages[0].save(file, "WebP", save_all=True, append_images=pages[1:], duration=125,
                           loop=0, lossless=True)
-    print(f"wrote {path}")
 
 
 def draw_trajectory(path: Path, net, config: sid2.Config, seeds: list[int], labels: list[int],
@@ -215,7 +214,6 @@ def draw_trajectory(path: Path, net, config: sid2.Config, seeds: list[int], labe
         rows.append(("x_hat", [x_hat[i] for _, x_hat in kept]))
     with replacing(path) as temporary:
         page(rows, heading).save(temporary, "PNG")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -128,9 +128,9 @@ def schedule(t: Tensor, image_size: int, noise_low: int = 32) -> tuple[Tensor, T
         u = u_0 + t (u_1 - u_0),   shift = 2 log(noise_low / image_size)
 
     The cosine term runs from +10 to -10 ([SD] and [HD] have 15), so both ends are finite. The shift
-    is that of [SD] and [HD]: averaging 2x2 pixels divides the noise variance by 4, so 128 px with
-    noise_low 64, pooled to 64 px, is exactly as noisy as 64 px without a shift. There is none at
-    t = 0 [SiD2*] [MCM]; at t = 1, noise_low = 32 makes any size as noisy as 32 px.
+    is that of [SD] and [HD]: averaging 2x2 pixels divides the noise variance by 4, so the end of
+    128 px with noise_low 64, pooled to 64 px, is exactly as noisy as that of 64 px unshifted. At
+    t = 0 there is none [SiD2*] [MCM]; at t = 1, noise_low = 32 makes any size as noisy as 32 px.
 
     Traps: public transcriptions of the paper print the shift with the opposite sign and half the
     size. Computed in bfloat16, logsnr is off by up to 1.3 nats.
