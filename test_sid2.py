@@ -19,12 +19,10 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
 import types
-import zipfile
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -34,11 +32,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fid
 import sample
@@ -866,15 +863,15 @@ def flags_of(config):
 
 
 def run(script, *flags, ignored=()):
-    """Calls a script in this process as a shell would: exit code, stdout, stderr. Signals that are
-    `ignored` are so from the start, as under nohup; its locks end with it."""
+    """Calls a script in this process, on the CPU, as a shell would: exit code, stdout, stderr.
+    Signals that are `ignored` are so from the start, as under nohup; its locks end with it."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN if number in ignored else signal.default_int_handler)
     try:
         with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-              mock.patch.object(sys, "argv", [script.__file__, *map(str, flags)])):
+              mock.patch.object(sys, "argv", [script.__file__, "--device=cpu", *map(str, flags)])):
             script.main()
     except SystemExit as end:
         code = end.code or 0
@@ -900,7 +897,7 @@ def fit(out, *flags, config=TINY, **changes):
 
 def make_samples(out, *flags):
     """A call of sample.py that ends well: what it printed."""
-    code, printed, err = run(sample, out, "--device", "cpu", "--precision", "fp32", *flags)
+    code, printed, err = run(sample, out, "--precision", "fp32", *flags)
     assert code == 0, err
     return printed
 
@@ -970,6 +967,12 @@ def put(root, *names, image=Image.new("RGB", (8, 8), "teal"), **how):
     return root
 
 
+def put_all(root, images):
+    """Saves these images as 0.png, 1.png and so on."""
+    for i, image in enumerate(images):
+        put(root, f"{i}.png", image=Image.fromarray(image))
+
+
 def halve(path):
     """A file that was cut off."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -1014,10 +1017,9 @@ OFTEN = ["--log-every", 4, "--save-every", 3, "--sample-every", 5]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, folder):
-    """The folder of a tiny run on those images; what it printed lies beside it."""
+    """The folder of a tiny run on those images."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    _, printed = fit(out, "--data", folder, *OFTEN, config=SHORT)
-    (out.parent / "printed").write_text(printed)
+    fit(out, "--data", folder, *OFTEN, config=SHORT)
     return out
 
 
@@ -1027,8 +1029,7 @@ FILM = noise(6, 7, 8, 8, 3)  # six clips of seven frames that all differ
 def put_film(root, film=FILM):
     """Each clip a folder of frames: three of class a, three of class b."""
     for i, frames in enumerate(film):
-        for j, frame in enumerate(frames):
-            put(root / "ab"[i // 3] / f"clip{i}", f"{j}.png", image=Image.fromarray(frame))
+        put_all(root / "ab"[i // 3] / f"clip{i}", frames)
     return root
 
 
@@ -1052,19 +1053,17 @@ def test_a_run_leaves_a_checkpoint_a_log_and_pictures(tmp_path, folder, finished
     assert names == {".lock", "checkpoint.pt", "log.csv", "samples/0000005.png",
                      "samples/0000007.png"}
     assert Image.open(finished / "samples/0000007.png").height == 3 * 66  # a row for each class
-    printed = (finished.parent / "printed").read_text()
+
+    _, printed = fit(tmp_path, "--data", folder, "--log-every", 1, "--save-every", 0,
+                     "--sample-every", 0, config=SHORT)
     for said in ("9 images or clips, 3 classes: a, b, c", f"left out in {folder}: 1 .heic",
                  "1 x cpu, fp32", "a new run", "step 7 of 7; `python sample.py"):
         assert said in printed
-
-    fit(tmp_path, "--data", folder, "--log-every", 1, "--save-every", 0, "--sample-every", 0,
-        config=SHORT)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoint.pt", "log.csv"}
     each, rows = log_of(tmp_path), log_of(finished, slice(1, None))
     assert list(rows) == [3, 4, 5, 6, 7]
     mean = sum(float(each[step][1]) for step in (1, 2, 3)) / 3
     assert float(rows[3][1]) == pytest.approx(mean, rel=1e-5)
-    assert [float(each[step][3]) for step in (1, 2, 4, 5)] == [0.0025, 0.005, 0.01, 0.01]
     for step, (images, _, norm, _, skipped, rate, tflops, gigabytes, _) in rows.items():
         assert (images, norm, skipped) == (str(8 * step), each[step][2], "0")
         wanted = 3 * 2 * sid2.count(TINY)[1] / 1e3 * float(rate)  # forward, and twice backward
@@ -1164,7 +1163,7 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path, finished):
     try:
         assert holder[0].stdout.readline() == "locked\n"
         for result in (run(train, "--out", tmp_path, *flags_of(TINY)),
-                       run(sample, finished, "--out", tmp_path, "--device", "cpu")):
+                       run(sample, finished, "--out", tmp_path)):
             assert f"another process writes to {tmp_path}" in error_line(*result)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     finally:
@@ -1216,20 +1215,12 @@ def test_steps_whose_gradient_is_not_finite_are_skipped_and_ten_in_a_row_end_the
     assert "no finite gradient in 10 steps, up to step 21" in line
 
 
-def test_training_waits_for_the_device_at_rows_of_the_log_alone(tmp_path):
+def test_training_waits_for_the_device_at_rows_of_the_log_alone(tmp_path, monkeypatch):
     """No step asks for the value of a tensor by item() or if: not of the loss, nor whether the
     gradient is finite."""
-    operations = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            operations.append(operation)
-            return operation(*args, **(kwargs or {}))
-
-    with Watch():
-        fit(tmp_path, "--log-every", 99, "--sample-every", 0, "--save-every", 0)
-    assert len(operations) > 1000
-    assert torch.ops.aten._local_scalar_dense.default not in operations
+    for name in ("item", "__bool__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, mock.Mock(side_effect=AssertionError(name)))
+    fit(tmp_path, "--log-every", 99, "--sample-every", 0, "--save-every", 0)
 
 
 def test_a_full_disk_is_called_by_its_name_and_what_was_there_stays(tmp_path, folder, finished):
@@ -1381,9 +1372,8 @@ def test_a_run_on_a_gpu_goes_on_and_its_samples_depend_on_their_seeds(tmp_path, 
 def test_images_of_every_kind_become_rgb(tmp_path, folder):
     """Transparent ones are laid over white. Of a file with several pictures (stereo photographs,
     animations) the first counts."""
-    images, labels = look_at(folder)
-    assert images.shape == (9, 8, 8, 3) and images.dtype == np.uint8
-    assert labels == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    images = fid.open_source(folder).read(np.arange(9))
+    assert {(image.shape, image.dtype) for image in images} == {((23, 31, 3), np.dtype("uint8"))}
     put(tmp_path, "clear.png", image=Image.new("RGBA", (8, 8), (255, 0, 0, 0)))
     for name, form in (("a.jpg", "MPO"), ("b.gif", "GIF"), ("c.apng", "PNG"), ("d.jpe", "MPO")):
         put(tmp_path, name, image=Image.new("RGB", (8, 8), "white"), format=form, save_all=True,
@@ -1401,26 +1391,20 @@ PLAIN = [0, 64, 128, 255]
     ("x.tif", "<u2", "0601 0300 01000000 01", "0601 0300 01000000 00", None),  # 0 is white
     ("x.tif", "<u2", "5301 0300 01000000 01", "5301 0300 01000000 02", None),  # with sign
     ("x.tif", "u1", "5301 0300 01000000 01", "5301 0300 01000000 02", None),  # with sign, 8 bits
-    ("x.tif", "palette", "00ff", "ff00", None),  # a palette of 8 bits where 16 are the rule
+    ("palette.tif", "u1", "", "", None),  # a palette of 8 bits where 16 are the rule
     ("x.tif", "<i4", "", "", None), ("x.tif", "<f4", "", "", None), ("x.pgm", "<u2", "", "", None)])
 def test_grey_of_16_bits_is_scaled_to_8_and_what_pillow_would_mistake_is_refused(
         tmp_path, name, dtype, old, new, seen):
     """By name, where a file does not say what is white. Bytes of a TIFF, in hexadecimal, are
     changed in the file: a tag's number, its type, how many values, the value."""
     numbers = np.array([[0, 0x4000, 0x8000, 0xFFFF]] * 4)
-    if dtype == "palette":
-        image = Image.fromarray((numbers >> 8).astype(np.uint8)).convert("P")
-    elif dtype == "u1":
-        image = Image.fromarray((numbers >> 8).astype(dtype))
-    else:
-        image = Image.fromarray(numbers.astype(dtype))
+    image = Image.fromarray((numbers >> 8 if dtype == "u1" else numbers).astype(dtype))
+    if name == "palette.tif":  # 256 v of each colour becomes v
+        image, colours = image.convert("P"), np.tile(np.arange(256, dtype="<u2"), 3)
+        old, new = (256 * colours).tobytes().hex(), colours.tobytes().hex()
     file = tmp_path / name
     image.save(file, tiffinfo={339: 1})  # without sign
-    if dtype == "palette":  # 256 v of each colour becomes v
-        file.write_bytes(file.read_bytes().replace(
-            struct.pack("<768H", *[256 * v for v in range(256)] * 3),
-            struct.pack("<768H", *[v for v in range(256)] * 3)))
-    elif old:
+    if old:
         head, tail = file.read_bytes().split(bytes.fromhex(old))
         file.write_bytes(head + bytes.fromhex(new) + tail)
     data = train.open_data(str(tmp_path), 4, seed=0)
@@ -1429,19 +1413,6 @@ def test_grey_of_16_bits_is_scaled_to_8_and_what_pillow_would_mistake_is_refused
     else:
         with pytest.raises(train.InputError, match=f"{name} cannot be read .*what is white"):
             data.read(0, 0.0)
-
-
-def test_pictures_are_turned_by_their_orientation_whatever_else_their_tags_say(tmp_path):
-    """As Pillow turns them; but it cannot if another tag is not a number."""
-    exif, file = Image.Exif(), tmp_path / "x.png"
-    for orientation in range(1, 9):
-        exif[ExifTags.Base.Orientation] = orientation
-        for speed in (1, TiffImagePlugin.IFDRational(0, 0)):
-            exif[ExifTags.Base.ShutterSpeedValue] = speed
-            Image.fromarray(noise(4, 8, 3)).save(file, exif=exif)
-            if speed == 1:
-                upright = np.asarray(ImageOps.exif_transpose(Image.open(file)))
-            assert np.array_equal(train.read_image(file, None), upright)
 
 
 def test_the_crop_keeps_the_middle_and_its_proportions():
@@ -1540,26 +1511,18 @@ def test_cifar10_is_read_from_the_binary_archive(tmp_path, monkeypatch):
         train.open_data("cifar10", 32, seed=0)
     records = np.zeros((10_000, 3073), np.uint8)
     records[7] = record = noise(3073) % 10
+    records.tofile(tmp_path / "records")
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         for i in range(1, 6):
-            info = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i}.bin")
-            info.size = records.size
-            tar.addfile(info, io.BytesIO(records.tobytes()))
+            tar.add(tmp_path / "records", f"cifar-10-batches-bin/data_batch_{i}.bin")
     images, labels = look_at("cifar10", 32, [10_007, 10_008])
     assert np.array_equal(images[0], record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
     assert labels == [record[0], 0] and not images[1].any()
 
 
-def test_eight_bits_survive_the_way_to_the_network_and_back():
-    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
-    x = train.from_uint8(torch.from_numpy(images))
-    assert (x.min(), x.max()) == (-1, 1) and np.array_equal(train.to_uint8(x), images)
-
-
 def test_the_next_image_and_its_label_take_the_place_of_one_that_cannot_be_read(tmp_path):
     """Zero bytes, no image, half an image, links to nowhere or in a loop, a decompression bomb:
-    each is named once. A hundred in a row end the run, and if the first cannot be replaced, nothing
-    is made."""
+    each is named once."""
     top = put(tmp_path / "data", "a/good.png", "a/cut.png")
     put(top, "b/good.png", image=Image.new("RGB", (8, 8), "red"))
     put(top, "b/bomb.png", image=Image.new("1", (40_000, 20_000)))
@@ -1575,12 +1538,6 @@ def test_the_next_image_and_its_label_take_the_place_of_one_that_cannot_be_read(
     images, labels = look_at(top)
     assert labels == [0, 0, 1, 1, 1, 1, 0, 0]  # cut good text zero bomb good loop nowhere
     assert [image[0, 0, 0] // 255 for image in images] == labels
-
-    for i in range(110):
-        (top / f"a/{i}.jpg").write_text("<html>404</html>")
-    line = error_line(*run(train, "--data", top, "--out", tmp_path / "no", *flags_of(TINY)))
-    assert f"a hundred images or clips in a row cannot be read; the last: {top}/a/" in line
-    assert not (tmp_path / "no").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1610,7 +1567,7 @@ def test_the_image_of_a_seed_depends_on_neither_batch_nor_processes(
 
 def test_a_folder_of_samples_is_completed_and_other_settings_are_refused(finished, tmp_path):
     """Eight samples of each class are the picture that the run drew last."""
-    flags = ["--out", tmp_path / "x", "--device", "cpu", "--precision", "fp32"]
+    flags = ["--out", tmp_path / "x", "--precision", "fp32"]
     make_samples(finished, *flags)
     assert (tmp_path / "x.png").read_bytes() == (finished / "samples/0000007.png").read_bytes()
     files, everything = sorted(tmp_path.glob("x/*.png")), contents(tmp_path)
@@ -1626,20 +1583,11 @@ def test_a_folder_of_samples_is_completed_and_other_settings_are_refused(finishe
     assert contents(tmp_path) == everything and len(files) == 24
 
 
-def test_a_file_that_others_made_is_not_replaced(finished, tmp_path):
-    npz(tmp_path / "precious.npz")
-    before = contents(tmp_path)
-    flags = ["--out", tmp_path / "precious", "--format", "npz", "--device", "cpu"]
-    assert "precious.npz is not from sample.py" in error_line(*run(sample, finished, *flags))
-    assert contents(tmp_path) == before
-
-
 def test_an_image_that_cannot_be_written_ends_the_script_whatever_its_batch(finished, tmp_path):
     """In the first of twelve batches: a folder has the name of its temporary file."""
     (tmp_path / ".000000.png.part").mkdir()
-    line = error_line(*run(sample, finished, "--out", tmp_path, "--batch", 2, "--format", "folder",
-                           "--device", "cpu"))
-    assert "000000.png cannot be written" in line
+    result = run(sample, finished, "--out", tmp_path, "--batch", 2, "--format", "folder")
+    assert "000000.png cannot be written" in error_line(*result)
 
 
 def test_each_flag_of_the_sampler_changes_the_picture(finished, tmp_path):
@@ -1673,9 +1621,8 @@ def test_a_trajectory_ends_in_the_sample(finished, tmp_path):
 def test_a_clip_is_a_folder_of_frames(tmp_path):
     """Frame 2 comes before frame 10; sub-folders are the classes; a window begins anywhere."""
     film = FILM.reshape(3, 14, 8, 8, 3)[:, :12]
-    for i, name in enumerate(("a/clip0", "a/clip1", "b/clip2")):
-        for j in range(12):
-            put(tmp_path / name, f"{j}.png", image=Image.fromarray(film[i, j]))
+    for name, frames in zip(("a/clip0", "a/clip1", "b/clip2"), film):
+        put_all(tmp_path / name, frames)
     data = train.open_data(str(tmp_path), 8, 0, length=5)
     assert data.classes == ["a", "b"]
     images, labels = train.read_clips(data, range(3), [0.99] * 3)
@@ -1703,6 +1650,7 @@ def test_a_clip_that_is_broken_or_an_animation_is_named(tmp_path, capsys):
 
 
 def test_a_step_has_windows_of_clips_with_one_time_one_label_and_one_mirror(clips):
+    """Their bytes go to the network as numbers in [-1, 1], and come back as they were."""
     config = replace(CLIPS, batch=64, num_classes=2)
     data = train.open_data(str(clips[0]), 8, 0, length=5)
     images, y, t, seeds = batch = train.make_batch(data, config, 0, 0, 64, 0)
@@ -1716,6 +1664,7 @@ def test_a_step_has_windows_of_clips_with_one_time_one_label_and_one_mirror(clip
     x, _, _, eps, given = train.to_device(batch, CPU, torch.Generator(), config.given)
     again = normal(3, 3, 8, 8, seed=seeds[1].item())
     assert torch.equal(eps[3:6], again) and len(set(seeds.tolist())) == 64
+    assert (x.min(), x.max()) == (-1, 1) and set(images.flatten().tolist()) == {*range(256)}
     assert np.array_equal(train.to_uint8(x), images[:, 2:].flatten(0, 1))
     assert np.array_equal(train.to_uint8(given.reshape(128, 3, 8, 8)), images[:, :2].flatten(0, 1))
 
@@ -1748,29 +1697,37 @@ def test_samples_of_clips_begin_with_the_given_frames(tmp_path, clips, monkeypat
 MOMENTS = np.zeros(2048), np.eye(2048)
 
 
+class Evil:
+    """What makes a file of this name when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory, finished):
     """A folder with everything that somebody has given to the scripts by mistake."""
     root = tmp_path_factory.mktemp("bad")
     put(root, *(f"good/{i}.png" for i in range(5)), *(f"few/{i}.png" for i in range(3)),
-        "loose/a/good.png", "loose/loose.png", *(f"broken/{i}.png" for i in range(5)))
-    halve(root / "broken/0.png")
-    for name in ("empty/a", "films"):
-        (root / name).mkdir(parents=True)
-    for name in ("file", "films/a.mp4", "films/b.heic", "films/c.HEIC", "films/d"):
+        "loose/a/good.png", "loose/loose.png", "broken/good.png")
+    (root / "empty/a").mkdir(parents=True)
+    for name in ("file", *(f"broken/{i}.png" for i in range(110))):
         (root / name).write_text("")
     npz(root / "clips.npz", arr_0=np.zeros((2, 4, 8, 8, 3), np.uint8))
+    npz(root / "evil.npz", arr_0=np.array([Evil(root / "made")], object))
+    torch.save(dict(config=Evil(root / "made")), root / "evil.pt")
     for name, (mu, sigma) in {"narrow": (np.zeros(9), np.eye(9)), "stats": MOMENTS,
                               "nan": (MOMENTS[0], MOMENTS[1] * np.nan)}.items():
         np.savez_compressed(root / f"{name}.npz", mu=mu, sigma=sigma)
-    (root / "zip.npz").write_bytes((root / "stats.npz").read_bytes()[:-99])
     state = state_of(finished)
     older = {key: value for key, value in state["config"].items() if key != "clip"}
     for name, config in dict(older=older, network=state["config"] | {"width": 32}).items():
-        shutil.copytree(finished, root / name)
-        torch.save(state | dict(config=config), root / name / "checkpoint.pt")
+        torch.save(state | dict(config=config), root / f"{name}.pt")
     state["ema"]["head.bias"][0] = math.nan
-    torch.save(state, shutil.copytree(finished, root / "failed") / "checkpoint.pt")
+    torch.save(state, root / "failed.pt")
     return root
 
 
@@ -1778,8 +1735,6 @@ BAD_INPUT = r"""
 train --preset imagenet64                | --data None: give shapes, cifar10
 train --step 1                           | unrecognized arguments: --step
 train --lr nan                           | lr must lie in \[0, 1e\+09\], got nan
-train --batch 0                          | batch must lie in \[1, 1e
-train --seed -1                          | seed must lie in
 train --ema 1.5                          | ema must lie in \[0, 1\], got 1.5
 train --betas 0.9 1                      | betas must lie in
 train --adam-eps 0                       | adam_eps must lie in
@@ -1792,9 +1747,8 @@ train --micro-batch 3                    | batch must be a multiple of 3
 train --sampler euler                    | sampler must be ddpm or ddim
 train --label-dropout 0                  | label_dropout must be above 0 for --guidance
 train --num-classes 4                    | --num-classes must be 0, or 6
-train --data BAD/nowhere                 | nowhere: give shapes, cifar10
 train --data BAD/empty                   | there are no images in .*empty
-train --data BAD/films                   | there are no images in .*films
+train --data BAD/broken                  | a hundred images or clips in a row .* the last: .*png can
 train --data BAD/loose                   | 1 images or clips beside its 1 class folders
 train --data cifar10                     | --data cifar10: give .*only 32 px
 train --frames 4 --data DATA             | there are no folders of 4 frames or more
@@ -1806,9 +1760,10 @@ train --out RUN --data DATA --precision bf16 | precision fp32, now bf16.*auto ch
 train --out BAD/loose                    | loose holds files but no checkpoint
 train --out BAD/file/run                 | file/run cannot be written
 sample BAD/nowhere                       | nowhere cannot be read as a checkpoint
-sample BAD/network                       | the weights of .*network cannot be used
-sample BAD/older                         | cannot be read as a checkpoint of this version of train
-sample BAD/failed                        | failed cannot be used .*not finite
+sample BAD/evil.pt                       | evil.pt cannot be read as a checkpoint
+sample BAD/network.pt                    | the weights of .*network.pt cannot be used
+sample BAD/older.pt                      | cannot be read as a checkpoint of this version of train
+sample BAD/failed.pt                     | failed.pt cannot be used .*not finite
 sample RUN --classes zebra               | --classes zebra: this run has 3 classes: a, b, c
 sample RUN --gamma 2                     | gamma must lie in
 sample RUN --count 0                     | count must lie in
@@ -1817,9 +1772,9 @@ sample RUN --format animation            | animation shows clips
 sample CLIP --format animation --count 9999 | WebP ends at 16,383 pixels
 sample RUN --data shapes                 | --data is for runs with given frames
 sample RUN --out BAD/loose               | is not from sample.py: give another --out
+sample RUN --out BAD/clips --format npz  | clips.npz is not from sample.py
 fid BAD/nowhere BAD/good                 | nowhere cannot be read as an npz
-fid BAD/zip.npz BAD/good                 | zip.npz cannot be read as an npz
-fid BAD/good/0.png BAD/good              | 0.png cannot be read as an npz
+fid BAD/evil.npz BAD/good                | evil.npz cannot be read as an npz
 fid BAD/few BAD/good                     | few has 3 images
 fid BAD/clips.npz BAD/good               | holds arr_0 .*; wanted: arr_0 uint8 \(N, H, W, 3\), or mu
 fid BAD/good BAD/narrow.npz              | mu is float64 \(9,\); wanted: finite numbers \(2048,\)
@@ -1848,7 +1803,7 @@ def test_bad_input_ends_with_one_clear_line_and_changes_nothing(
     if name == "train" and "--out" not in flags:
         flags += ["--out", tmp_path / "run"]
     if name == "fid":
-        flags += ["--inception", "random", "--device", "cpu"]
+        flags += ["--inception", "random"]
     before = contents(bad, finished, folder, clips[1])
     code, out, err = run({"train": train, "sample": sample, "fid": fid}[name], *flags)
     assert re.search(message.strip(), error_line(code, out, err))
@@ -1865,24 +1820,6 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path):
     (tmp_path / "b").chmod(0o700)
 
 
-def test_a_file_from_elsewhere_cannot_run_code(tmp_path):
-    """Pickles that would make a folder when loaded: as a checkpoint, and inside an npz."""
-    marker = tmp_path / "made"
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(marker),)
-
-    torch.save(dict(config=Evil()), tmp_path / "x.pt")
-    assert "cannot be read as a checkpoint" in error_line(*run(sample, tmp_path / "x.pt"))
-    file = npz(tmp_path / "x.npz", arr_0=np.array([Evil()], object))
-    with pytest.raises(train.InputError, match="x.npz cannot be read as an npz"):
-        fid.open_source(str(file))
-    assert not marker.exists()
-    torch.load(tmp_path / "x.pt", weights_only=False)
-    assert marker.exists()  # the weapon was loaded
-
-
 def test_names_may_have_letters_that_the_terminal_has_not(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     data = put(tmp_path / "data", "\u732b/1.png", "\u72ac/1.png")
@@ -1897,12 +1834,9 @@ def test_a_mistake_of_ours_shows_its_traceback(tmp_path, monkeypatch):
         run(train, "--out", tmp_path / "run", *flags_of(TINY))
 
 
-@pytest.mark.parametrize("variables", [
-    "RANK=0", "RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=abc"])
-def test_processes_that_cannot_meet_say_so(tmp_path, monkeypatch, variables):
-    for variable in variables.split():
-        monkeypatch.setenv(*variable.split("="))
-    line = error_line(*run(train, "--out", tmp_path / "run", "--device", "cpu"))
+def test_processes_that_cannot_meet_say_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    line = error_line(*run(train, "--out", tmp_path / "run"))
     assert "cannot meet: start them with torchrun" in line and not list(tmp_path.iterdir())
 
 
@@ -2088,19 +2022,13 @@ class Shallow(torch.nn.Module):
         return f[:, :2048] + 1000, s[:, :2023], (3 * p[:, :1008]).log_softmax(1)
 
 
-def write_images(folder, count=5, size=8):
-    """Images in files of a new folder."""
-    images = noise(count, size, size, 3)
-    for i, image in enumerate(images):
-        put(Path(folder), f"{i}.png", image=Image.fromarray(image))
-    return images
-
-
 def test_statistics_equal_direct_ones_whatever_the_batch(tmp_path):
     """Pixels reach the network as TF1's resize minus 128 over 128. Mean and covariance (ddof 1)
     though features are near 1000, where float32 sums would lose the third digit; IS over shuffled
     splits; mixed sizes; every image once."""
-    images = [*write_images(tmp_path / "large", 4, 9), *write_images(tmp_path / "small", 3, 8)]
+    images = [*noise(4, 9, 9, 3), *noise(3, 8, 8, 3)]
+    put_all(tmp_path / "large", images[:4])
+    put_all(tmp_path / "small", images[4:])
     pixels = [torch.from_numpy(image).permute(2, 0, 1)[None].float() for image in images]
     x = torch.cat([(fid.resize(h) - 128) / 128 for h in pixels])
     f, s, log_p = (t.double().numpy() for t in Shallow()(x))
@@ -2118,16 +2046,17 @@ def test_statistics_equal_direct_ones_whatever_the_batch(tmp_path):
 
 
 def test_fid_sees_the_pictures_that_training_sees(tmp_path):
-    """Turned, transparent, of 16 bits, in a folder or an npz: a perfect model must have distance 0
-    to its own data."""
+    """Turned, though another tag is no number, transparent, of 16 bits, in a folder or an npz: a
+    perfect model must have distance 0 to its own data."""
     turned, pixels = Image.Exif(), Image.fromarray(noise(8, 12, 4))
-    turned[ExifTags.Base.Orientation] = 6
+    turned[ExifTags.Base.Orientation] = 6  # a quarter to the right
+    turned[ExifTags.Base.ShutterSpeedValue] = TiffImagePlugin.IFDRational(0, 0)
     for i, mode in enumerate(("RGB", "RGBA", "LA", "I;16", "P")):
         put(tmp_path / "x", f"{i}.png", image=pixels.convert(mode), exif=turned)
     trained, _ = look_at(tmp_path / "x")
     assert np.array_equal(fid.open_source(tmp_path / "x", crop=8).read(np.arange(5)), trained)
-    assert {image.shape for image in fid.open_source(tmp_path / "x").read(np.arange(5))} == {
-        (12, 8, 3)}
+    [upright, *_] = fid.open_source(tmp_path / "x").read(np.arange(5))
+    assert np.array_equal(upright, np.rot90(pixels.convert("RGB"), -1))
     source = fid.open_source(npz(tmp_path / "x.npz", arr_0=trained))
     assert source.count == 5
     assert np.array_equal(source.read(np.array([1, 3, 4])), trained[[1, 3, 4]])
@@ -2147,8 +2076,7 @@ def score(tmp_path, monkeypatch):
     make_light(monkeypatch.setattr)
 
     def score(*args, out):
-        code, printed, err = run(fid, *args, "--inception", "random", "--device", "cpu", "--out",
-                                 out)
+        code, printed, err = run(fid, *args, "--inception", "random", "--out", out)
         assert code == 0, err
         return printed, json.loads(Path(out).read_text())
 
@@ -2159,7 +2087,7 @@ def test_the_script_saves_statistics_and_scores_against_them(score):
     """The README's commands, on images that are also the reference. ADM's files have images too:
     precision and recall are of these, FID of mu and sigma. Notes name sizes that differ, and few
     images."""
-    write_images("real/nested", 5, 12)
+    put_all(Path("real/nested"), noise(5, 12, 12, 3))
     score("real", "--save-stats", "ref.npz", "--crop", 8, out="a.json")
     crops = np.stack([train.centre_crop(Image.open(f"real/nested/{i}.png"), 8) for i in range(5)])
     npz("samples.npz", arr_0=crops)
@@ -2181,8 +2109,8 @@ def test_the_script_saves_statistics_and_scores_against_them(score):
 
 def test_two_processes_give_the_numbers_of_one(score):
     """Eleven images, some of another size, are shared out: none twice, none missing."""
-    write_images("samples/large", 8, 9)
-    write_images("samples/small", 3)
+    put_all(Path("samples/large"), noise(8, 9, 9, 3))
+    put_all(Path("samples/small"), noise(3, 8, 8, 3))
     npz("ref.npz", arr_0=noise(5, 8, 8, 3))
     light = (f"import fid; from {Path(__file__).stem} import make_light; "
              "make_light(setattr); fid.main()")
