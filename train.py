@@ -64,8 +64,7 @@ def main():
         net.compile(dynamic=False, fullgraph=True)
     model = DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
     generator = torch.Generator(device)
-    make = functools.partial(make_batch, data, config, args.seed, rank * local, local,
-                             pin=device.type == "cuda")
+    make = functools.partial(make_batch, data, config, args.seed, rank * local, local)
     batches = in_order(make, range(start, config.steps), args.workers)
     model.train()
 
@@ -103,10 +102,9 @@ def main():
 # 2. Batches
 
 
-def make_batch(data, config: sid2.Config, seed: int, first: int, count: int, step: int,
-               pin: bool = False) -> list[torch.Tensor]:
+def make_batch(data, config: sid2.Config, seed: int, first: int, count: int, step: int) -> list:
     """Clips first, ..., first + count - 1 of the batch of `step`: uint8 images (count, given +
-    frames, H, W, 3), labels and times (count, frames), seeds of the noise (count,). pin: for CUDA.
+    frames, H, W, 3), labels and times (count, frames), seeds of the noise (count,).
 
     Everything random is drawn from (seed, step), for the whole batch of all processes; each takes
     its share. So a restart needs no random state, and the number of processes changes nothing.
@@ -127,7 +125,7 @@ def make_batch(data, config: sid2.Config, seed: int, first: int, count: int, ste
     # noise seeds: consecutive in a run; Knuth's multiplier sets nearby --seeds far apart
     seeds = ((seed + 1) * 2654435761 % 2**32 + numbers) % 2**32
     batch = [torch.from_numpy(images), y, t, torch.from_numpy(seeds)]
-    return [whole.pin_memory() for whole in batch] if pin else batch
+    return [whole.pin_memory() for whole in batch] if torch.cuda.is_available() else batch
 
 
 @functools.lru_cache(maxsize=2)
