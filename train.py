@@ -750,6 +750,8 @@ def leave():
     agree()
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads may abort while Python shuts down, so it does not
 
 
 def agree(flag: bool = False) -> bool:
