@@ -1715,6 +1715,7 @@ BAD_INPUT = r"""
 train --preset imagenet64                | --data None: give shapes, cifar10
 train --step 1                           | unrecognized arguments: --step
 train --lr nan                           | lr must lie in \[0, 1e\+09\], got nan
+train --seed -1                          | seed must lie in
 train --ema 1.5                          | ema must lie in \[0, 1\], got 1.5
 train --betas 0.9 1                      | betas must lie in
 train --adam-eps 0                       | adam_eps must lie in
