@@ -250,9 +250,10 @@ def statistics_of(path: Path, arrays: dict) -> dict:
     out = {}
     for key in (key for key in SHAPES if key in arrays):
         value, shape = arrays[key], SHAPES[key]
-        if value.dtype.kind not in "fiu" or value.shape != shape or not np.isfinite(value).all():
+        fits = value.dtype.kind in "fiu" and value.shape == shape and np.isfinite(value).all()
+        if not fits or key.startswith("sigma") and not np.allclose(value, value.T):
             raise InputError(f"{path}: {key} is {value.dtype} {value.shape}; wanted: finite "
-                             f"numbers {shape}")
+                             f"numbers {shape}, sigma symmetric")
         out[key] = torch.from_numpy(value.astype(np.float64)) if shape else int(value)
     return out
 
@@ -260,21 +261,20 @@ def statistics_of(path: Path, arrays: dict) -> dict:
 def open_source(name: str, crop: int | None = None) -> Source:
     """A folder of images, or an npz of images (arr_0), of statistics, or of both."""
     path = Path(name)
-    if (path / "checkpoint.pt").exists():
+    if os.path.exists(path / "checkpoint.pt"):
         raise InputError(f"{path} is a run of train.py: `python sample.py {path} --format npz` "
                          "makes samples to score")
-    if path.is_dir():
+    if os.path.isdir(path):
         return images_of(path, crop)
     with in_one_line(f"{path} cannot be read as an npz"), np.load(path, allow_pickle=False) as npz:
-        arrays = dict(npz)
+        arrays = {key: np.asarray(value) for key, value in npz.items()}  # bytes, if it is no npz
     statistics, images = statistics_of(path, arrays), arrays.get("arr_0")
     has = statistics.keys()
     whole = ("mu" in has) == ("sigma" in has) and ("mu_s" in has) == ("sigma_s" in has)
     if images is not None:
         whole &= images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
-        whole &= images.size > 0
     if not whole or images is None and "mu" not in has:
-        held = ", ".join(f"{key} {value.dtype} {value.shape}" for key, value in arrays.items())
+        held = ", ".join(f"{key} {value.dtype} {value.shape}" for key, value in arrays.items())[:300]
         raise InputError(f"{path} holds {held}; wanted: arr_0 uint8 (N, H, W, 3), or mu and sigma, "
                          "or both")
     if images is None:
@@ -400,10 +400,10 @@ def parse() -> argparse.Namespace:
         raise InputError("give SAMPLES REFERENCE, or DATA --save-stats OUT.npz")
 
     args.out = args.out or f"{Path(args.save_stats or args.samples)}.fid.json"
-    if args.save_stats and Path(args.save_stats) == Path(args.out):
+    if args.save_stats and Path(args.save_stats).resolve() == Path(args.out).resolve():
         raise InputError(f"--out and --save-stats both name {args.out}: give another name to one")
     for name in filter(None, (args.save_stats, args.out)):
-        if Path(name).exists():
+        if os.path.exists(name):
             raise InputError(f"{name} exists: remove it, or give another name")
         with in_one_line(f"{name} cannot be written"):
             tempfile.TemporaryFile(dir=Path(name).parent).close()

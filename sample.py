@@ -45,8 +45,6 @@ def main():
     net = sid2.ResidualUViT(config).to(device).eval()
     with in_one_line(f"the weights of {args.run} cannot be used"):
         net.load_state_dict(state["ema" if args.weights == "ema" else "net"])
-        if not all(p.isfinite().all() for p in net.parameters()):
-            raise ValueError("they are not finite: this training has failed")
     if args.compile:
         net.compile(dynamic=False, fullgraph=True)  # two graphs: with and without guidance
 
@@ -144,20 +142,21 @@ def open_given(args: argparse.Namespace, config: sid2.Config, state: dict) -> Da
 def open_samples(args: argparse.Namespace, settings: dict, rank: int) -> tuple[Path, Path]:
     """The folder of the PNGs, and the file beside it. The folder is new or made with the same
     settings, which lie there as JSON; its default name has a hash of them."""
-    run = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    run = Path(args.run) if os.path.isdir(args.run) else Path(args.run).parent
     text = json.dumps(settings, indent=1)
     default = run / f"samples-{settings['step']:07d}-{zlib.crc32(text.encode()):08x}"
     folder = Path(args.out or default).absolute()
     suffixes = dict(grid=".png", npz=".npz", animation=".webp", folder="")
     suffix = "-trajectory.png" if args.trajectory else suffixes[args.format]
-    path = folder.with_name(folder.name + suffix)
+    path = Path(f"{folder}{suffix}")
     file = folder / "settings.json"
-    if file.exists():
+    beside = [f"{folder}{ending}" for ending in (".png", ".npz", ".webp", "-trajectory.png")]
+    if os.path.exists(file):
         with in_one_line(f"{file} cannot be read"):
             before = dict(json.loads(file.read_text()))
         refuse_others(folder, before, json.loads(text))
-    elif path.is_file() or any(folder.glob("[!.]*")):
-        raise InputError(f"{folder} or {path.name} is not from sample.py: give another --out")
+    elif any(map(os.path.lexists, beside)) or os.path.isdir(folder) and any(folder.glob("[!.]*")):
+        raise InputError(f"{folder} or a file beside it is not from sample.py: give another --out")
     agree()  # all have looked before one writes
     if rank == 0:
         lock(folder)

@@ -209,12 +209,14 @@ def refuse_others(folder: Path, before: dict, now: dict, free: tuple = ()):
 def load_checkpoint(path: str | Path) -> dict:
     """The checkpoint at `path`, or in the folder `path`, as Run.save writes it; nothing in it is
     executed. Its tensors stay in the file, and are read when they are used."""
-    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    file = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
     with in_one_line(f"{file} cannot be read as a checkpoint of this version of train.py"):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         keys = {"step", "seconds", "skipped", "rows", "data", "classes", "net", "ema", "optimizer"}
         if not keys <= state.keys() or state["config"] != asdict(sid2.Config(**state["config"])):
             raise ValueError("something is missing")
+        if not all(weights.isfinite().all() for weights in state["ema"].values()):
+            raise ValueError("its weights are not finite: this training has failed")
         return state
 
 
@@ -257,7 +259,7 @@ class Run:
         """The step to start from, which is the checkpoint's; begins the folder if there is none. A
         run that has not done a step begins anew; else the steps and the place of the data alone may
         differ."""
-        found, said = self.file.exists(), f"a new run in {self.folder}"
+        found, said = os.path.exists(self.file), f"a new run in {self.folder}"
         if found and self.rank == 0:
             lock(self.folder)  # so that nobody replaces the checkpoint while it is read
         agree()
@@ -271,7 +273,7 @@ class Run:
                 self.done, self.seconds, self.skipped, self.rows = (
                     state[key] for key in ("step", "seconds", "skipped", "rows"))
             said = f"resumed at step {self.done}"
-        elif not found and any(self.folder.glob("[!.]*")):
+        elif not found and os.path.isdir(self.folder) and any(self.folder.glob("[!.]*")):
             raise InputError(f"{self.folder} holds files but no checkpoint: give another --out")
         elif self.args.init_from:
             said = init_from(self.args.init_from, self.parts["net"])
@@ -511,7 +513,7 @@ def open_data(name: str, size: int, seed: int, length: int = 1, room: float = 0)
         return open_shapes(size, seed, length)
     if name == "cifar10" and (size, length) == (32, 1):
         return open_cifar10()
-    if name and Path(name).is_dir():
+    if name and os.path.isdir(name):
         return open_folder(Path(name), size, length, room)
     raise InputError(f"--data {name}: give shapes, cifar10 (only 32 px) or a folder that exists")
 
@@ -590,8 +592,8 @@ def find_files(top: Path) -> list[str]:
         raise InputError(str(error))
 
     for root, folders, names in os.walk(top, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders
-                      if not name.startswith((".", "@", "__", "lost+found"))]
+        folders[:] = [name for name in folders if not name.startswith(".")
+                      and name not in ("@eaDir", "__MACOSX", "lost+found")]
         if os.path.realpath(root) in map(os.path.realpath, Path(root).parents):
             folders.clear()  # a link to a folder above is followed once
         inside = os.path.relpath(root, top)
@@ -599,8 +601,10 @@ def find_files(top: Path) -> list[str]:
             suffix = os.path.splitext(name)[1].lower()
             if suffix in suffixes:
                 files.append(os.path.normpath(os.path.join(inside, name)))
-            else:  # a link to a folder that is gone is such a name
+            elif os.path.exists(os.path.join(root, name)):
                 others[suffix or name] += 1
+            else:  # perhaps it was a class
+                say(f"left out: {os.path.join(root, name)} is a link to nowhere")
     for suffix, count in others.most_common(9):
         say(f"left out in {top}: {count} {suffix}")
     return sorted(files, key=lambda name: name.replace(os.sep, "\0"))  # a/x before a-b/x
@@ -662,13 +666,14 @@ def read_image(file: Path, size: int | None, animated: bool = True) -> np.ndarra
 def to_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits scaled to 8. What Pillow would take for other numbers than those of the file
     is refused."""
-    deep = image.mode.startswith("I;16")
+    deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
     tags = getattr(image, "tag_v2", {})  # of a TIFF; their numbers are those of its standard
+    no_range = image.mode in ("I", "F") and not deep  # of 32 bits, or floats
+    signed = set(tags.get(339, (1,))) != {1}
     other_bits = deep and tags.get(258, (16,)) != (16,)
     white_is_zero = deep and tags.get(262, 1) == 0
-    signed_or_float = image.mode in ("I", "F") or set(tags.get(339, (1,))) != {1}
     dark_palette = max(tags.get(320, (65535,))) < 256  # 8 bits where the standard has 16
-    if other_bits or white_is_zero or signed_or_float or dark_palette:
+    if no_range or signed or other_bits or white_is_zero or dark_palette:
         raise ValueError("only whole numbers of 8 or 16 bits, 0 for black, say what is white")
     if not deep:
         return image
@@ -683,8 +688,6 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are too elongated")
     image = image.resize((width, height), Image.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -846,9 +849,9 @@ def check(config: sid2.Config, world: int = 1, **flags):
     values = asdict(config) | {name: flag for name, flag in flags.items() if flag is not None}
     limits = dict(  # of numbers; those not named here lie in [0, 1e9], whole ones in [1, 1e9]
         bias=(-1e9, 1e9), guidance=(-1e9, 1e9), interval=(-1e9, 1e9),
-        dropout=(0, 1), ema=(0, 1), label_dropout=(0, 1), gamma=(0, 1),
-        betas=(0, 0.999999), adam_eps=(1e-30, 1), seed=(0, 2**32 - 1),
-        depth=(0, 1e9), middle=(0, 1e9), num_classes=(0, 1e9), given=(0, 1e9), warmup=(0, 1e9),
+        dropout=(0, 1), ema=(0, 1), gamma=(0, 1), betas=(0, 0.999999), label_dropout=(0, 0.999999),
+        adam_eps=(1e-30, 1), seed=(0, 2**32 - 1), frames=(1, 1000), given=(0, 1000),
+        depth=(0, 1e9), middle=(0, 1e9), num_classes=(0, 1e9), warmup=(0, 1e9),
         sample_every=(0, 1e9), save_every=(0, 1e9), checkpointing=(0, len(config.channels) - 1))
     for name, value in values.items():
         for number in value if isinstance(value, (tuple, list, range)) else [value]:
