@@ -251,9 +251,9 @@ def statistics_of(path: Path, arrays: dict) -> dict:
     for key in (key for key in SHAPES if key in arrays):
         value, shape = arrays[key], SHAPES[key]
         fits = value.dtype.kind in "fiu" and value.shape == shape and np.isfinite(value).all()
-        if not fits or key.startswith("sigma") and not np.allclose(value, value.T):
+        if not fits or not np.allclose(value, value.T) or key == "n" and value < 2:
             raise InputError(f"{path}: {key} is {value.dtype} {value.shape}; wanted: finite "
-                             f"numbers {shape}, sigma symmetric")
+                             f"numbers {shape}, sigma symmetric, n from 2 up")
         out[key] = torch.from_numpy(value.astype(np.float64)) if shape else int(value)
     return out
 

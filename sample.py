@@ -53,6 +53,7 @@ def main():
                                      weights=args.weights, precision=precision,
                                      data=data.name if data else None)
     folder, path = open_samples(args, settings, rank)
+    files = [folder / f"{seed:06d}.png" for seed in seeds]
     guided = sum(sid2.sampling_grid(config)[1])
     say(f"{args.run}, step {state['step']}, {args.weights} weights, {len(seeds)} samples, "
         f"{config.sample_steps} {config.sampler} steps, {guided} of them guided, "
@@ -61,12 +62,12 @@ def main():
         if args.trajectory and rank == 0:
             draw_trajectory(path, net, config, seeds, labels, device)
         elif not args.trajectory:
-            missing = [seed for seed in seeds[rank::world] if not png(folder, seed).exists()]
+            missing = [seed for seed in seeds[rank::world] if not files[seed].exists()]
             mine = [labels[seed] for seed in missing]
-            write_pngs(folder, sample_images(net, config, missing, mine, device, args.batch, data))
+            write_pngs(files, sample_images(net, config, missing, mine, device, args.batch, data))
     agree()  # the last image is there
     if rank == 0 and not args.trajectory and args.format != "folder":
-        pack(folder, path, labels, names, config)
+        pack(files, path, labels, names, config)
     say(f"wrote {path}")
     leave()
 
@@ -85,7 +86,7 @@ def parse() -> argparse.Namespace:
     add("--classes", nargs="+", help="names or numbers, taken in turn; all; default: for an npz "
         "all, else up to ten spread over all")
     add("--weights", choices=["ema", "raw"], default="ema")
-    add("--steps", type=int, help="default of this and the next four: as the run was configured")
+    add("--steps", type=int, help="of sampling; default of --steps to --interval: the run's")
     add("--sampler", choices=["ddpm", "ddim"])
     add("--gamma", type=float, help="variance of the DDPM noise: 0 lower bound, 1 upper bound")
     add("--guidance", type=float, help="scale; 1 is none")
@@ -109,8 +110,10 @@ def configure(args: argparse.Namespace, config: sid2.Config) -> sid2.Config:
     if config.given and args.classes or args.data and not config.given:
         raise InputError("--data is for runs with given frames, --classes is for the others")
     is_clip = config.given + config.frames > 1
-    if is_clip and args.trajectory or not is_clip and args.format == "animation":
-        raise InputError("--trajectory shows images, --format animation shows clips")
+    if args.trajectory and (is_clip or args.format != "grid"):
+        raise InputError("--trajectory is a picture of images: it has no --format, and no clips")
+    if args.format == "animation" and not is_clip:
+        raise InputError("--format animation shows clips, and this run has images")
     return config
 
 
@@ -129,8 +132,8 @@ def choose_classes(args: argparse.Namespace, names: list[str], num_classes: int)
 
 
 def open_given(args: argparse.Namespace, config: sid2.Config, state: dict) -> Data:
-    """Clips whose first frames are given: no more of them is needed. Shapes are drawn from a seed
-    above those of runs, as long as in training, which sets their speed."""
+    """Clips whose first frames are given: of folders no more is read, but 2 at least, as 1 means
+    images. Shapes have a seed that no run has, and the length of training, which sets the speed."""
     name = args.data or state["data"]
     length = config.given + config.frames if name == "shapes" else max(2, config.given)
     data = open_data(name, config.image_size, 2**32, length)
@@ -146,46 +149,43 @@ def open_samples(args: argparse.Namespace, settings: dict, rank: int) -> tuple[P
     text = json.dumps(settings, indent=1)
     default = run / f"samples-{settings['step']:07d}-{zlib.crc32(text.encode()):08x}"
     folder = Path(args.out or default).absolute()
-    suffixes = dict(grid=".png", npz=".npz", animation=".webp", folder="")
-    suffix = "-trajectory.png" if args.trajectory else suffixes[args.format]
+    suffixes = dict(grid=".png", npz=".npz", animation=".webp", trajectory="-trajectory.png")
+    suffix = suffixes.get("trajectory" if args.trajectory else args.format, "")
     path = Path(f"{folder}{suffix}")
     file = folder / "settings.json"
-    beside = [f"{folder}{ending}" for ending in (".png", ".npz", ".webp", "-trajectory.png")]
-    if os.path.exists(file):
-        with in_one_line(f"{file} cannot be read"):
-            before = dict(json.loads(file.read_text()))
-        refuse_others(folder, before, json.loads(text))
-    elif any(map(os.path.lexists, beside)) or os.path.isdir(folder) and any(folder.glob("[!.]*")):
+    beside = [f"{folder}{suffix}" for suffix in suffixes.values()]
+    inside = os.path.isdir(folder) and any(folder.glob("[!.]*"))
+    if (inside or any(map(os.path.lexists, beside))) and not os.path.exists(file):
         raise InputError(f"{folder} or a file beside it is not from sample.py: give another --out")
     agree()  # all have looked before one writes
     if rank == 0:
         lock(folder)
-        with replacing(file) as temporary:
-            temporary.write_text(text)
-    agree()  # the folder is there
+        if not os.path.exists(file):
+            with replacing(file) as temporary:
+                temporary.write_text(text)
+    agree()  # it is there
+    with in_one_line(f"{file} cannot be read"):
+        before = dict(json.loads(file.read_text()))
+    refuse_others(folder, before, json.loads(text))
     return folder, path
 
 
-def png(folder: Path, seed: int) -> Path:
-    return folder / f"{seed:06d}.png"
-
-
-def write_pngs(folder: Path, batches: Iterable):
-    """The PNGs of these seeds, the frames of a clip side by side."""
+def write_pngs(files: list[Path], batches: Iterable):
+    """A PNG for each seed, the frames of a clip side by side."""
     with contextlib.closing(batches):  # and its bar, before an error is printed
         for seeds, images in batches:
             for seed, frames in zip(seeds, images):
-                with replacing(png(folder, seed)) as temporary:
+                with replacing(files[seed]) as temporary:
                     Image.fromarray(np.concatenate(frames, axis=1)).save(temporary, "PNG")
 
 
-def pack(folder: Path, path: Path, labels: list[int], names: list[str], config: sid2.Config):
+def pack(files: list[Path], path: Path, labels: list[int], names: list[str], config: sid2.Config):
     """Beside the folder of PNGs a grid, an animation, or an npz of arr_0 uint8 (N, H, W, 3), of
     clips (N, length, H, W, 3), and arr_1, the labels (N,)."""
     length = config.given + config.frames
     images = np.empty((len(labels), length, config.image_size, config.image_size, 3), np.uint8)
-    for seed in range(len(labels)):
-        images[seed] = np.split(read_image(png(folder, seed), None), length, axis=1)
+    for seed, file in enumerate(files):
+        images[seed] = np.split(read_image(file, None), length, axis=1)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         if path.suffix == ".npz":
             np.savez(file, images if length > 1 else images[:, 0], np.array(labels))

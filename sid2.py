@@ -28,7 +28,7 @@ No code of the authors was ever released. Every constant says in brackets where 
     [derived] arithmetic from the above, shown by a test
     [ours]    in no text that we could read: our choice, with its reason
 
-Each section needs only the imports and those above it: copy down to the part that you want.
+Each section needs only the imports and the sections above it: copy down to the one you want.
 """
 
 import math
@@ -65,7 +65,7 @@ class Config:
     noise_low: int = 32  # shifts logsnr by 2 log(noise_low / image_size) at t = 1 [SiD2*]
     bias: float = 0.0  # b of the weighting sigmoid(b - logsnr), by image size [SiD2*] [VDM++] [HD]
     # training
-    steps: int = 1_000_000  # of training, by a cost that others quote [SiD2*]
+    steps: int = 1_000_000  # of training; 800,000 in the networks of 653 GMAC [SiD2*]
     batch: int = 2048  # images, or clips, per step, over all processes [SD]
     lr: float = 1e-4  # learning rate of Adam, constant after the warm-up [SD]
     warmup: int = 10_000  # steps in which the learning rate rises from 0 to lr [SD] [HD]
@@ -86,8 +86,8 @@ class Config:
 # `shapes` and `moving` are for minutes on two CPU cores, `cifar10` for one GPU. The other rows are
 # the paper's, and were not trained here. imagenet64 has a network of its own [MCM]. All rows from
 # 128 pixels up are one network: compute grows by finer patches, not by more parameters [SiD2].
-# imagenet256_p1 saw 1280 epochs, 0.8 M steps, by a table in arXiv 2510.11690 [SiD2*]. Hours quoted
-# elsewhere agree: they come to as many for imagenet512_p2, to 1.0 M for 137 GMAC [SiD2*].
+# imagenet256_p1 saw 1280 epochs, 0.8 M steps, by a table in arXiv 2510.11690 [SiD2*]. The hours of
+# training that others quote give 0.8 M for imagenet512_p2 too, and 1.0 M for 137 GMAC [SiD2*].
 # Noise runs from 32 to the image size [MCM] for 64 and 128 px, [SiD2*] for 512 px, by analogy
 # [derived] for 256 px. The bias is [VDM++] [HD] for 64 px, [SiD2*] for the rest, and -1 at 256 px
 # stands in [DFoT] too. The guidance interval of [GI] belongs to 64 x 64 latents: the ImageNet rows

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py --preset imagenet256_p2 --data FOLDER
 
 The same command again goes on from the last checkpoint, on a CPU bit for bit. SIGTERM or Ctrl-C
-finishes the step, saves and ends; a second one does not wait.
+finishes the step, saves and ends; in one process a second one does not wait.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def make_batch(data, config: sid2.Config, seed: int, first: int, count: int, ste
     # noise seeds: consecutive in a run; Knuth's multiplier sets nearby --seeds far apart
     seeds = ((seed + 1) * 2654435761 % 2**32 + numbers) % 2**32
     batch = [torch.from_numpy(images), y, t, torch.from_numpy(seeds)]
-    return [whole.pin_memory() for whole in batch] if torch.cuda.is_available() else batch
+    return [whole.pin_memory() for whole in batch] if torch.cuda.is_initialized() else batch
 
 
 @functools.lru_cache(maxsize=2)
@@ -203,7 +203,7 @@ def refuse_others(folder: Path, before: dict, now: dict, free: tuple = ()):
               if key not in free and before.get(key) != value]
     if differ:
         raise InputError(f"{folder} was made with other settings ({'; '.join(differ)}): give the "
-                         "same ones, or another --out (auto chooses by the machine)")
+                         "same ones, or another --out (--precision auto depends on the machine)")
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -216,7 +216,7 @@ def load_checkpoint(path: str | Path) -> dict:
         if not keys <= state.keys() or state["config"] != asdict(sid2.Config(**state["config"])):
             raise ValueError("something is missing")
         if not all(weights.isfinite().all() for weights in state["ema"].values()):
-            raise ValueError("its weights are not finite: this training has failed")
+            raise InputError(f"{file} holds weights that are not finite: its training has failed")
         return state
 
 
@@ -257,8 +257,8 @@ class Run:
 
     def resume(self) -> int:
         """The step to start from, which is the checkpoint's; begins the folder if there is none. A
-        run that has not done a step begins anew; else the steps and the place of the data alone may
-        differ."""
+        run that has not done a step begins anew. Of the settings of any other only --steps and the
+        path of the data may differ."""
         found, said = os.path.exists(self.file), f"a new run in {self.folder}"
         if found and self.rank == 0:
             lock(self.folder)  # so that nobody replaces the checkpoint while it is read
@@ -268,7 +268,7 @@ class Run:
             refuse_others(self.folder, state | state["config"],
                           self.settings | self.settings["config"], free=("config", "steps", "data"))
             with in_one_line(f"{self.file} does not fit this version of train.py"):
-                for name, part in self.parts.items():  # Adam would keep the tensors themselves
+                for name, part in self.parts.items():  # copied, as Adam keeps what it is given
                     part.load_state_dict(copy.deepcopy(state[name]))
                 self.done, self.seconds, self.skipped, self.rows = (
                     state[key] for key in ("step", "seconds", "skipped", "rows"))
@@ -278,14 +278,12 @@ class Run:
         elif self.args.init_from:
             said = init_from(self.args.init_from, self.parts["net"])
             self.parts["ema"].load_state_dict(self.parts["net"].state_dict())
-        if agree(self.done > 0) and agree(self.done == 0):  # some see it, some do not
+        if agree(self.done) != -agree(-self.done):  # the highest step and the lowest
             raise InputError(f"{self.file} must be on a disk that all processes share")
         if self.rank == 0:
             lock(self.folder)
-            if self.done == 0:  # the checkpoint of a run without a step is not its own
-                self.file.unlink(missing_ok=True)
-                if self.args.save_every:
-                    self.save()
+            if self.done == 0:
+                self.save()
             with replacing(self.folder / "log.csv") as temporary:
                 temporary.write_text("\n".join([self.columns, *self.rows]) + "\n")
         say(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per image or clip")
@@ -301,9 +299,9 @@ class Run:
         return self.done
 
     def on_signal(self, number: int, _):
-        """Noted for the end of the step. A second signal ends the program."""
+        """Noted for the end of the step. In one process a second signal ends the program."""
         self.stopped = True
-        if self.world == 1:  # torchrun passes on a Ctrl-C that its processes have had already
+        if self.world == 1:  # torchrun passes on what a scheduler has sent to its processes too
             signal.signal(number, signal.SIG_DFL)
 
     def record(self, done: int, loss: torch.Tensor, norm: torch.Tensor) -> bool:
@@ -315,7 +313,7 @@ class Run:
 
         self.bar.update()
         self.history.append(torch.stack([loss, norm]))
-        stop = agree(self.stopped)
+        stop = agree(self.stopped) > 0
         save = stop or due(self.args.save_every) or done == self.config.steps
         draw = due(self.args.sample_every)
         if save or draw or due(self.args.log_every):
@@ -376,8 +374,9 @@ class Run:
         with choose_precision(self.device, self.precision)[1]:
             batches = sample_images(self.parts["ema"], config, seeds, labels, self.device, 64, data)
             images = np.concatenate([images for _, images in batches])
+        picture = grid(images, labels, self.settings["classes"], config.given)
         with replacing(self.folder / "samples" / f"{self.done:07d}.png") as temporary:
-            grid(images, labels, self.settings["classes"], config.given).save(temporary, "PNG")
+            picture.save(temporary, "PNG")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,10 +397,8 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
                   batch: int, data=None):
     """Yields seeds and their images (B, given + frames, H, W, 3) uint8. data: clips whose first
     frames are given; seed i takes clip i, modulo their number."""
-    if not seeds:
-        return
     steps = math.ceil(len(seeds) / batch) * config.sample_steps
-    with progress(total=steps, leave=None) as bar:
+    with progress(total=steps, position=0, leave=False) as bar:
         for first in range(0, len(seeds), batch):
             part, y = seeds[first : first + batch], labels[first : first + batch]
             y = torch.tensor(y, device=device).repeat_interleave(config.frames)
@@ -507,15 +504,14 @@ def read_clip(data: Data, number: int, window: float) -> tuple[np.ndarray, int]:
 
 
 def open_data(name: str, size: int, seed: int, length: int = 1, room: float = 0) -> Data:
-    """shapes, cifar10 or FOLDER, as images, or clips of `length` frames, of size x size pixels.
-    room: see open_folder."""
+    """shapes, cifar10 or FOLDER, as images, or clips of `length` frames, of size x size pixels."""
     if name == "shapes":
         return open_shapes(size, seed, length)
     if name == "cifar10" and (size, length) == (32, 1):
         return open_cifar10()
     if name and os.path.isdir(name):
         return open_folder(Path(name), size, length, room)
-    raise InputError(f"--data {name}: give shapes, cifar10 (only 32 px) or a folder that exists")
+    raise InputError(f"--data {name or 'is missing'}: give shapes, cifar10 (32 px) or a folder")
 
 
 SHAPES = {  # inside or not, at a to the right and b down from the centre, in radii
@@ -582,8 +578,9 @@ def open_cifar10() -> Data:
 
 
 def find_files(top: Path) -> list[str]:
-    """Images in `top` and below, by their names from there on, sorted. Links are followed; hidden
-    files and folders, and those that systems add, are not. Says what else it has left out."""
+    """Images in `top` and below, by their names from there on, sorted. Follows links, but not to a
+    folder above. Leaves out what is hidden or added by systems, and says what else it leaves out.
+    """
     suffixes = (".apng .avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff "
                 ".webp").split()
     files, others = [], Counter()
@@ -595,7 +592,8 @@ def find_files(top: Path) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")
                       and name not in ("@eaDir", "__MACOSX", "lost+found")]
         if os.path.realpath(root) in map(os.path.realpath, Path(root).parents):
-            folders.clear()  # a link to a folder above is followed once
+            folders.clear()  # it is a link to a folder above
+            continue
         inside = os.path.relpath(root, top)
         for name in (name for name in names if not name.startswith(".")):
             suffix = os.path.splitext(name)[1].lower()
@@ -611,9 +609,9 @@ def find_files(top: Path) -> list[str]:
 
 
 def open_folder(path: Path, size: int, length: int, room: float) -> Data:
-    """Images of a folder, nested, or clips: folders of frames, 2 before 10. The immediate
-    sub-folders are the classes; without any it is unlabelled. room: bytes of memory for images,
-    which are not decoded again."""
+    """Images of a folder, nested, or clips: folders of frames by number, 2 before 10. The immediate
+    sub-folders are the classes; without any it is unlabelled. room: bytes of memory for decoded
+    images, which are kept."""
     clips = {}  # files by the name of their clip
     for file in find_files(path):
         clips.setdefault(file if length == 1 else os.path.dirname(file), []).append(file)
@@ -628,7 +626,7 @@ def open_folder(path: Path, size: int, length: int, room: float) -> Data:
     if "" in tops and len(classes) > 1:
         raise InputError(f"{path} has {tops.count('')} images or clips beside its "
                          f"{len(classes) - 1} class folders: put them into classes, or away")
-    decoded = {}  # filled once and then kept: as each epoch has a new order, old is as good as new
+    decoded = {}  # when it is full it stays: any image is as likely to come next
 
     def read_once(file: str) -> np.ndarray:
         if file in decoded:
@@ -648,7 +646,7 @@ def open_folder(path: Path, size: int, length: int, room: float) -> Data:
 
 def read_image(file: Path, size: int | None, animated: bool = True) -> np.ndarray:
     """The picture of a file, uint8 (H, W, 3): upright by its EXIF tag, transparent parts white; of
-    an animation the first, if it may be `animated`. size: of the centre crop; None: as it is."""
+    an animation its first, or refused if not `animated`. size: of the centre crop; None: whole."""
     with in_one_line(f"{file} cannot be read as an image"), Image.open(file) as image:
         if not animated and getattr(image, "is_animated", False) and image.format != "MPO":
             raise ValueError("it is an animation: a clip is a folder of frames, each in a file")
@@ -664,8 +662,8 @@ def read_image(file: Path, size: int | None, animated: bool = True) -> np.ndarra
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits scaled to 8. What Pillow would take for other numbers than those of the file
-    is refused."""
+    """Grey of 16 bits scaled to 8. Files whose numbers Pillow reads wrongly, or whose white is not
+    known, are refused."""
     deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
     tags = getattr(image, "tag_v2", {})  # of a TIFF; their numbers are those of its standard
     no_range = image.mode in ("I", "F") and not deep  # of 32 bits, or floats
@@ -674,7 +672,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     white_is_zero = deep and tags.get(262, 1) == 0
     dark_palette = max(tags.get(320, (65535,))) < 256  # 8 bits where the standard has 16
     if no_range or signed or other_bits or white_is_zero or dark_palette:
-        raise ValueError("only whole numbers of 8 or 16 bits, 0 for black, say what is white")
+        raise ValueError("its pixels are not whole numbers of 8 or 16 bits from 0, black, up")
     if not deep:
         return image
     numbers, clear = np.asarray(image), image.info.get("transparency", -1)
@@ -714,7 +712,7 @@ def in_one_line(failure: str):
         raise InputError(f"{failure} ({type(cause).__name__}: {reason})") from error
 
 
-# shown by the first process alone; without a terminal, as in a log file, it moves once a minute
+# shown by the first process alone; without a terminal, as in a log file, about once a minute
 progress = functools.partial(tqdm, unit="step", mininterval=0.1 if sys.stderr.isatty() else 60,
                              disable=os.environ.get("RANK", "0") != "0")
 warn_once = functools.cache(lambda message: tqdm.write(message, file=sys.stderr))
@@ -740,9 +738,8 @@ def setup(name: str) -> tuple[int, int, torch.device]:
     if "RANK" not in os.environ:
         return 0, 1, device
     # agree() is on the CPU, by gloo; two hours, as the others wait while the first draws
-    from torch.distributed.rendezvous import rendezvous  # not in all builds of torch
     with in_one_line("the processes cannot meet: start them with torchrun"):
-        store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=10)))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", store=store,
                                 rank=rank, world_size=world, timeout=timedelta(hours=2))
     return rank, world, device
@@ -757,13 +754,13 @@ def leave():
         os._exit(0)  # gloo's threads may abort while Python shuts down, so it does not
 
 
-def agree(flag: bool = False) -> bool:
-    """True if `flag` is true in any process. No process returns before all have called."""
+def agree(value: float = 0) -> float:
+    """The largest `value` of all processes. None returns before all have called."""
     if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(float(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags.item() > 0
+        return value
+    largest = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
 
 
 def say(message):
@@ -839,7 +836,7 @@ def configure(args: argparse.Namespace, world: int) -> tuple[sid2.Config, Data]:
     if inside and name not in ("shapes", "cifar10"):
         raise InputError(f"--out {args.out} lies in --data {name}: its pictures would become data")
     if args.num_classes not in (None, 0, classes):
-        raise InputError(f"--num-classes must be 0, or {classes} as {name} has")
+        raise InputError(f"--num-classes must be 0 or that of the data, {classes}")
     read_clip(data, 0, 0.0)  # if nothing can be read, nothing is made
     return replace(config, num_classes=classes if config.num_classes else 0), data
 
@@ -851,7 +848,7 @@ def check(config: sid2.Config, world: int = 1, **flags):
         bias=(-1e9, 1e9), guidance=(-1e9, 1e9), interval=(-1e9, 1e9),
         dropout=(0, 1), ema=(0, 1), gamma=(0, 1), betas=(0, 0.999999), label_dropout=(0, 0.999999),
         adam_eps=(1e-30, 1), seed=(0, 2**32 - 1), frames=(1, 1000), given=(0, 1000),
-        depth=(0, 1e9), middle=(0, 1e9), num_classes=(0, 1e9), warmup=(0, 1e9),
+        depth=(0, 1e9), middle=(0, 1e9), num_classes=(0, 1e9), warmup=(0, 1e9), workers=(1, 99),
         sample_every=(0, 1e9), save_every=(0, 1e9), checkpointing=(0, len(config.channels) - 1))
     for name, value in values.items():
         for number in value if isinstance(value, (tuple, list, range)) else [value]:
@@ -876,7 +873,7 @@ def check(config: sid2.Config, world: int = 1, **flags):
                     f"must be a multiple of {unit}, patch_size times 2 per lower level"),
         batch=(config.batch % part == 0, f"must be a multiple of {part}, processes x micro_batch"),
         sampler=(config.sampler in ("ddpm", "ddim"), "must be ddpm or ddim"),
-        label_dropout=(config.label_dropout > 0 or not guides, "must be above 0 for --guidance"),
+        label_dropout=(config.label_dropout > 0 or not guides, "must be above 0 to guide samples"),
     )
     for name, (holds, rule) in rules.items():
         if not holds:
