@@ -579,8 +579,7 @@ def open_cifar10() -> Data:
 
 def find_files(top: Path) -> list[str]:
     """Images in `top` and below, by their names from there on, sorted. Follows links, but not to a
-    folder above. Leaves out what is hidden or added by systems, and says what else it leaves out.
-    """
+    folder above; leaves out what is hidden or added by systems, and says what else is left out."""
     suffixes = (".apng .avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff "
                 ".webp").split()
     files, others = [], Counter()
@@ -610,8 +609,7 @@ def find_files(top: Path) -> list[str]:
 
 def open_folder(path: Path, size: int, length: int, room: float) -> Data:
     """Images of a folder, nested, or clips: folders of frames by number, 2 before 10. The immediate
-    sub-folders are the classes; without any it is unlabelled. room: bytes of memory for decoded
-    images, which are kept."""
+    sub-folders are the classes, if there are any. room: bytes of memory for decoded images."""
     clips = {}  # files by the name of their clip
     for file in find_files(path):
         clips.setdefault(file if length == 1 else os.path.dirname(file), []).append(file)
@@ -772,9 +770,8 @@ def say(message):
 def choose_precision(device: torch.device, name: str) -> tuple[str, torch.autocast]:
     """fp32, or bf16: autocast around float32 weights. auto: bf16 if the hardware multiplies it."""
     if name == "auto":
-        fast = (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-                if device.type == "cpu" else device.type == "cuda"
-                and torch.cuda.is_bf16_supported(including_emulation=False))
+        fast = (torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else
+                device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
         name = "bf16" if fast else "fp32"
     return name, torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
 
