@@ -1467,6 +1467,8 @@ def test_an_epoch_has_every_clip_once_half_of_them_mirrored_and_a_tenth_without_
     assert 0.4 < np.mean([flip == -1 for _, _, flip in seen]) < 0.6 and 0.05 < null.mean() < 0.15
     assert (null | (labels == order[:, None] // 3)).all()
     assert (labels == labels[:, :1]).all() and (t == t[:, :1]).all()
+    dropped = null[:, 0].reshape(60, 8).sum(1)  # of each step: not all or none
+    assert 1 in dropped and 8 not in dropped
     times = np.sort(t[:, 0].reshape(60, 8))
     np.testing.assert_allclose(np.diff(times), 1 / 8, rtol=1e-4)  # low-discrepancy times
     unflipped, *_ = train.make_batch(data, replace(config, flip=False), 5, 0, 8, 0)
@@ -1824,6 +1826,12 @@ def test_processes_that_cannot_meet_say_so(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     line = error_line(*run(train, "--out", tmp_path / "run"))
     assert "cannot meet: start them with torchrun" in line and not list(tmp_path.iterdir())
+
+
+def test_processes_that_see_other_checkpoints_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "agree", lambda value=0: max(value, 3))  # another is at step 3
+    line = error_line(*run(train, "--out", tmp_path / "run", *flags_of(TINY)))
+    assert "must be on a disk that all processes share" in line
 
 
 def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
