@@ -1594,9 +1594,11 @@ def test_a_folder_of_samples_is_completed_and_other_settings_are_refused(finishe
 
 
 def test_an_image_that_cannot_be_written_ends_the_script_whatever_its_batch(finished, tmp_path):
-    """In the first of twelve batches: a folder has the name of its temporary file."""
+    """In the first of twelve batches: a folder has the name of its temporary file. The bar is gone
+    before the line of error, which a real process prints last."""
     (tmp_path / ".000000.png.part").mkdir()
-    result = run(sample, finished, "--out", tmp_path, "--batch", 2, "--format", "folder")
+    started = launch(ROOT / "sample.py", finished, "--out", tmp_path, "--batch", 2, "--device", "cpu")
+    [result] = results(started, code=1)
     assert "000000.png cannot be written" in error_line(*result)
 
 
