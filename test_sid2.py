@@ -1597,8 +1597,8 @@ def test_an_image_that_cannot_be_written_ends_the_script_whatever_its_batch(fini
     """In the first of twelve batches: a folder has the name of its temporary file. The bar is gone
     before the line of error, which a real process prints last."""
     (tmp_path / ".000000.png.part").mkdir()
-    started = launch(ROOT / "sample.py", finished, "--out", tmp_path, "--batch", 2, "--device", "cpu")
-    [result] = results(started, code=1)
+    flags = ["--out", tmp_path, "--batch", 2, "--device", "cpu"]
+    [result] = results(launch(ROOT / "sample.py", finished, *flags), code=1)
     assert "000000.png cannot be written" in error_line(*result)
 
 
