@@ -274,9 +274,9 @@ def open_source(name: str, crop: int | None = None) -> Source:
     if images is not None:
         whole &= images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
     if not whole or images is None and "mu" not in has:
-        held = ", ".join(f"{key} {value.dtype} {value.shape}" for key, value in arrays.items())[:300]
-        raise InputError(f"{path} holds {held}; wanted: arr_0 uint8 (N, H, W, 3), or mu and sigma, "
-                         "or both")
+        held = ", ".join(f"{key} {array.dtype} {array.shape}" for key, array in arrays.items())
+        raise InputError(f"{path} holds {held[:300]}; wanted: arr_0 uint8 (N, H, W, 3), or mu and "
+                         "sigma, or both")
     if images is None:
         return Source(str(path), statistics=statistics)
     return Source(str(path), len(images), lambda numbers: images[numbers], statistics)
