@@ -1042,7 +1042,7 @@ def clips(tmp_path_factory):
 
 def test_a_run_leaves_a_checkpoint_a_log_and_pictures(tmp_path, folder, finished):
     """The log has a row where it is due and before each checkpoint and picture; its loss is the
-    mean since the row before. With 0, no picture is made, and a checkpoint at the end alone."""
+    mean since the row before. With 0, no picture is made, and a checkpoint at both ends alone."""
     names = {path.relative_to(finished).as_posix() for path in contents(finished)}
     assert names == {".lock", "checkpoint.pt", "log.csv", "samples/0000005.png",
                      "samples/0000007.png"}

@@ -797,7 +797,7 @@ def parse() -> argparse.Namespace:
     add("--log-every", type=int, default=50, help="steps between rows of the log")
     add("--sample-every", type=int, help="steps between pictures, 0: never; default: a tenth of "
         "the run, at least 1,000 and at most 5,000")
-    add("--save-every", type=int, help="steps between checkpoints; likewise")
+    add("--save-every", type=int, help="steps between checkpoints, 0: at both ends; likewise")
     group = parser.add_argument_group("fields of sid2.Config; default: the preset's")
     # the comment beside each field of sid2.Config is the help of its flag
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(sid2.Config), re.M))
