@@ -486,7 +486,7 @@ def sampling_grid(config: Config) -> tuple[Tensor, list[bool]]:
 
 @torch.no_grad()
 def trajectory(net, config: Config, seeds: list[int], y: Tensor):
-    """Yields (z, x_hat) at each of S steps; x_hat is clipped to [-1, 1]; the last is the sample.
+    """Yields (z, x_hat) at S steps; x_hat is clipped to [-1, 1] [SD]; the last is the sample.
 
     net(z, logsnr, y) -> v_hat must be in eval mode, else dropout acts; y: (B,) labels on the device
     to use. All noise of image i, or of clip i, comes from seeds[i]: neither its batch nor the

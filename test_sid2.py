@@ -1870,6 +1870,11 @@ def test_the_recipe_in_the_readme_is_that_of_the_module():
         image = lines["sample"](net, y[:1], 4, S, 3.0, config.interval, steps=12)
         assert {*sid2.sampling_grid(config)[1]} == {False, True}
         assert_close(image, sid2.sample(net, config, [5], y[:1]), rtol=0, atol=1e-4)
+    for size, bias, expected in (64, 2, 1.16), (128, 0, 0.50), (256, -1, 0.29), (512, -3, 0.08):
+        assert f" {expected:.2f}" in README
+        x = normal(1000, 1, 1, size).sign()
+        loss = lines["training_loss"](lambda z, logsnr, y: 0 * z, x, None, bias)
+        assert abs(loss - expected) < 0.01
 
 
 def test_the_readme_runs_as_it_stands(tmp_path):
@@ -1880,6 +1885,8 @@ def test_the_readme_runs_as_it_stands(tmp_path):
     for block in re.findall("```python\n(.*?)```", README, re.S):
         exec(block.replace("RUN", str(tmp_path / "run")), names)
     assert names["images"].shape == (8, 3, 8, 8)
+    assert {*re.findall(r"assets/[a-z0-9]+\.\w+", README)} == {
+        f"assets/{file.name}" for file in (ROOT / "assets").iterdir()}
     quoted = re.findall(r"`(\w+ = [^`]*)`", README)
     assert len(quoted) > 2 and all(line in SOURCE for line in quoted)
     helps = {script.__name__: run(script, "--help")[1] for script in (train, sample, fid)}
