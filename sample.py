@@ -36,7 +36,7 @@ def main():
     default = 3 if args.trajectory else 8 * min(10, len(classes))
     seeds = list(range(default if args.count is None else args.count))
     data = open_given(args, config, state) if config.given else None
-    labels = choose_labels(seeds, classes, config.num_classes, data)
+    labels = choose_labels(seeds, classes, config, data)
     if args.format == "animation":
         blank = np.zeros((len(seeds), 1, config.image_size, config.image_size, 3), np.uint8)
         if max(grid(blank, labels, names).size) > 16_383:

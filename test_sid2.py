@@ -902,14 +902,14 @@ def make_samples(out, *flags):
     return printed
 
 
-def launch(*command, processes=1):
-    """Real processes of Python; several find each other by the variables that torchrun sets."""
+def launch(*command, processes=None):
+    """A real process of Python, or several, with the variables that torchrun sets."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     path, started = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", []
     env = os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONPATH=path)
-    for rank in range(processes):
-        if processes > 1:
+    for rank in range(processes or 1):
+        if processes:
             env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
                         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         started.append(subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True,
@@ -1141,6 +1141,13 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path, folder
     assert "Traceback" not in err
     assert (tmp_path / ".checkpoint.pt.part").exists() == (number == signal.SIGKILL)
     assert_goes_on(tmp_path, folder, finished, step=3)
+
+
+def test_under_torchrun_a_second_signal_waits_too(tmp_path, folder):
+    """A scheduler's own, and its copy by torchrun: one process gets both, as eight would."""
+    [(_, printed, _)] = results(launch("-c", INTERRUPTED_TWICE, "--out", tmp_path, "--data", folder,
+                                       *flags_of(SHORT), processes=1))
+    assert "step 6 of 7; the same command goes on" in printed
 
 
 def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path, monkeypatch):

@@ -86,9 +86,10 @@ def main():
                 loss += share.detach()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip or math.inf)
             # nothing waits for the device to know whether the norm is finite: where found_inf is 1,
-            # the fused kernel itself leaves weights and moments as they are
+            # the fused kernel leaves weights and moments as they are, but on MPS not in every torch
             optimizer.found_inf = 1 - norm.isfinite().float()
-            optimizer.step()
+            if device.type != "mps" or norm.isfinite():
+                optimizer.step()
             optimizer.zero_grad()
             sid2.ema_update(ema, net, step, config.ema)
             if run.record(step + 1, loss, norm):  # a signal came
@@ -118,7 +119,7 @@ def make_batch(data, config: sid2.Config, seed: int, first: int, count: int, ste
     size = len(data.labels)
     clips = [order_of_epoch(seed, n // size, size)[n % size] for n in numbers.tolist()]
     images, labels = read_clips(data, clips, windows)
-    images = np.where(flip[:, None, None, None, None], images[..., ::-1, :], images)
+    images[flip] = images[flip, :, :, ::-1]
     y = np.where(drop | (config.num_classes == 0), config.num_classes, labels)
     t = sid2.low_discrepancy_times(config.batch, start)[place]
     y, t = (each[:, None].repeat(1, config.frames) for each in (torch.from_numpy(y), t))
@@ -155,12 +156,11 @@ def to_device(part: list, device: torch.device, generator: torch.Generator, give
     *tensors, seeds = part
     images, y, t = (each.to(device, non_blocking=each.is_pinned()) for each in tensors)
     whole = from_uint8(images)  # (clips, given + frames, 3, H, W)
-    x = whole[:, given:].flatten(0, 1)
+    clips = whole[:, given:]
     known = whole[:, :given].flatten(1, 2) if given else None
-    shape = (len(x) // len(seeds), *x.shape[1:])  # of a clip
-    eps = [torch.randn(shape, device=device, generator=generator.manual_seed(seed))
+    eps = [torch.randn(clips.shape[1:], device=device, generator=generator.manual_seed(seed))
            for seed in seeds.tolist()]
-    return x, y.flatten(), t.flatten(), torch.cat(eps), known
+    return clips.flatten(0, 1), y.flatten(), t.flatten(), torch.cat(eps), known
 
 
 # --------------------------------------------------------------------------------------------------
@@ -286,6 +286,7 @@ class Run:
                 self.save()
             with replacing(self.folder / "log.csv") as temporary:
                 temporary.write_text("\n".join([self.columns, *self.rows]) + "\n")
+        agree()  # NCCL would wait for the first process for ten minutes only
         say(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per image or clip")
         say(f"{self.data.name}: {len(self.data.labels)} images or clips, "
             f"{len(self.data.classes)} classes: {', '.join(self.data.classes[:10])}")
@@ -301,7 +302,7 @@ class Run:
     def on_signal(self, number: int, _):
         """Noted for the end of the step. In one process a second signal ends the program."""
         self.stopped = True
-        if self.world == 1:  # torchrun passes on what a scheduler has sent to its processes too
+        if not dist.is_initialized():  # torchrun passes on what a scheduler has sent to all
             signal.signal(number, signal.SIG_DFL)
 
     def record(self, done: int, loss: torch.Tensor, norm: torch.Tensor) -> bool:
@@ -318,12 +319,11 @@ class Run:
         draw = due(self.args.sample_every)
         if save or draw or due(self.args.log_every):
             self.log(done)
-        if save and self.rank == 0:
-            self.save()
-        if draw and self.rank == 0:
-            self.draw()
-        if save or draw:
-            self.since = time.perf_counter()  # neither was training
+            if save and self.rank == 0:
+                self.save()
+            if draw and self.rank == 0:
+                self.draw()
+            self.since = time.perf_counter()  # none of this was training
         return stop
 
     def log(self, done: int):
@@ -350,7 +350,7 @@ class Run:
                 out.write(row + "\n")
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s, {tflops:.3g} TFLOP/s",
                                  refresh=False)
-        self.done, self.since = done, time.perf_counter()
+        self.done = done
         self.lost = int(finite[::-1].argmax()) if finite.any() else self.lost + len(finite)
         if self.lost >= 10:
             raise InputError(f"no finite gradient in {self.lost} steps, up to step {done}: try a "
@@ -367,12 +367,12 @@ class Run:
 
     def draw(self):
         """samples/STEP.png: always the same seeds and classes, from the averaged weights."""
-        config, shown = self.config, shown_classes(self.config.num_classes)
+        config, data, shown = self.config, self.data, shown_classes(self.config.num_classes)
         seeds = list(range(8 * len(shown)))
-        data = self.data if config.given else None
-        labels = choose_labels(seeds, shown, config.num_classes, data)
+        labels = choose_labels(seeds, shown, config, data)
         with choose_precision(self.device, self.precision)[1]:
-            batches = sample_images(self.parts["ema"], config, seeds, labels, self.device, 64, data)
+            batches = sample_images(self.parts["ema"], config, seeds, labels, self.device,
+                                    self.args.micro_batch or 64, data)
             images = np.concatenate([images for _, images in batches])
         picture = grid(images, labels, self.settings["classes"], config.given)
         with replacing(self.folder / "samples" / f"{self.done:07d}.png") as temporary:
@@ -404,31 +404,28 @@ def sample_images(net, config: sid2.Config, seeds: list[int], labels: list[int],
             y = torch.tensor(y, device=device).repeat_interleave(config.frames)
             conditioned = net
             if config.given:
-                numbers = [seed % len(data.labels) for seed in part]
-                clips, _ = read_clips(data, numbers, [0.0] * len(part))
+                clips, _ = read_clips(data, part, [0.0] * len(part))
                 known = clips[:, : config.given]
                 given = from_uint8(torch.from_numpy(known).to(device)).flatten(1, 2)
                 conditioned = functools.partial(net, given=given)
             for _, x_hat in sid2.trajectory(conditioned, config, part, y):
                 bar.update()
-            images = to_uint8(x_hat)
-            images = images.reshape(len(part), config.frames, *images.shape[1:])
+            images = to_uint8(x_hat).reshape(len(part), config.frames, *x_hat.shape[2:], 3)
             if config.given:
                 images = np.concatenate([known, images], axis=1)
             yield part, images
 
 
-def choose_labels(seeds: list[int], classes: list, num_classes: int, data=None) -> list[int]:
+def choose_labels(seeds: list[int], classes: list, config: sid2.Config, data) -> list[int]:
     """Label of each seed: `classes` in turn, or that of the clip whose first frames are given."""
-    if num_classes > 0 and data is not None:
+    if config.given and config.num_classes:
         return [int(data.labels[seed % len(data.labels)]) for seed in seeds]
     return [classes[seed % len(classes)] for seed in seeds]
 
 
 def shown_classes(num_classes: int) -> list[int]:
     """Up to ten classes for a grid, spread over all; [0] without classes."""
-    last = max(num_classes - 1, 0)
-    return np.linspace(0, last, min(last + 1, 10)).astype(int).tolist()
+    return np.unique(np.linspace(0, max(num_classes - 1, 0), 10).astype(int)).tolist()
 
 
 def grid(images: np.ndarray, labels: list[int], names: list[str], given: int = 0) -> Image.Image:
@@ -550,8 +547,7 @@ def draw_shape(name: str, size: int, radius: float, centre: np.ndarray, dark, li
     points = (np.arange(fine * size, dtype=np.float32) + 0.5) / (fine * size)
     a, b = (points - centre[0]) / radius, (points[:, None] - centre[1]) / radius
     hits = SHAPES[name](a, b).reshape(size, fine, size, fine).sum((1, 3))  # of a pixel's points
-    share = np.arange(fine**2 + 1)[:, None] / fine**2
-    palette = (255 * (dark + share * (light - dark)) + 0.5).astype(np.uint8)
+    palette = (255 * np.linspace(dark, light, fine**2 + 1) + 0.5).astype(np.uint8)
     return palette[hits]
 
 
@@ -593,15 +589,14 @@ def find_files(top: Path) -> list[str]:
         if os.path.realpath(root) in map(os.path.realpath, Path(root).parents):
             folders.clear()  # it is a link to a folder above
             continue
-        inside = os.path.relpath(root, top)
         for name in (name for name in names if not name.startswith(".")):
-            suffix = os.path.splitext(name)[1].lower()
+            file, suffix = os.path.join(root, name), os.path.splitext(name)[1].lower()
             if suffix in suffixes:
-                files.append(os.path.normpath(os.path.join(inside, name)))
-            elif os.path.exists(os.path.join(root, name)):
+                files.append(os.path.relpath(file, top))
+            elif os.path.exists(file):
                 others[suffix or name] += 1
             else:  # perhaps it was a class
-                say(f"left out: {os.path.join(root, name)} is a link to nowhere")
+                say(f"left out: {file} is a link to nowhere")
     for suffix, count in others.most_common(9):
         say(f"left out in {top}: {count} {suffix}")
     return sorted(files, key=lambda name: name.replace(os.sep, "\0"))  # a/x before a-b/x
