@@ -1109,7 +1109,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, folder, finished, 
     with monkeypatch.context() as patch:
         amid(patch, [6], number)
         _, printed = fit(tmp_path, "--data", folder, *OFTEN, config=SHORT)
-    assert "step 6 of 7; the same command goes on" in printed
+    assert "step 6 of 7; the same command continues" in printed
     assert list(log_of(tmp_path)) == [3, 4, 5, 6]
     assert_goes_on(tmp_path, folder, finished, step=6)
 
@@ -1147,7 +1147,7 @@ def test_under_torchrun_a_second_signal_waits_too(tmp_path, folder):
     """A scheduler's own, and its copy by torchrun: one process gets both, as eight would."""
     [(_, printed, _)] = results(launch("-c", INTERRUPTED_TWICE, "--out", tmp_path, "--data", folder,
                                        *flags_of(SHORT), processes=1))
-    assert "step 6 of 7; the same command goes on" in printed
+    assert "step 6 of 7; the same command continues" in printed
 
 
 def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path, monkeypatch):

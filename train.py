@@ -4,8 +4,8 @@
     python train.py --preset cifar10                       one GPU
     torchrun --nproc_per_node=8 train.py --preset imagenet256_p2 --data FOLDER
 
-The same command again goes on from the last checkpoint, on a CPU bit for bit. SIGTERM or Ctrl-C
-finishes the step, saves and ends; in one process a second one does not wait.
+The same command continues from the last checkpoint, on a CPU bit for bit. SIGTERM or Ctrl-C
+finishes the step, saves and ends; without torchrun a second one does not wait.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def main():
             sid2.ema_update(ema, net, step, config.ema)
             if run.record(step + 1, loss, norm):  # a signal came
                 break
-    left = "; the same command goes on" if run.done < config.steps else ""
+    left = "; the same command continues" if run.done < config.steps else ""
     say(f"step {run.done} of {config.steps}{left}; `python sample.py {run.folder}` draws samples")
     leave()
 
@@ -288,8 +288,8 @@ class Run:
                 temporary.write_text("\n".join([self.columns, *self.rows]) + "\n")
         agree()  # NCCL would wait for the first process for ten minutes only
         say(f"{self.parameters / 1e6:.1f} M parameters, {self.gmac:.2f} GMAC per image or clip")
-        say(f"{self.data.name}: {len(self.data.labels)} images or clips, "
-            f"{len(self.data.classes)} classes: {', '.join(self.data.classes[:10])}")
+        say(f"{self.data.name}, at {self.config.image_size} px: {len(self.data.labels)} images or "
+            f"clips, {len(self.data.classes)} classes: {', '.join(self.data.classes[:10])}")
         say(f"{self.world} x {self.device}, {self.precision}; {said}")
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # by hand, or by SLURM
             number = getattr(signal, name, None)  # Windows has two of them
@@ -300,7 +300,7 @@ class Run:
         return self.done
 
     def on_signal(self, number: int, _):
-        """Noted for the end of the step. In one process a second signal ends the program."""
+        """Noted for the end of the step. Without torchrun a second signal ends the program."""
         self.stopped = True
         if not dist.is_initialized():  # torchrun passes on what a scheduler has sent to all
             signal.signal(number, signal.SIG_DFL)
@@ -792,7 +792,8 @@ def parse() -> argparse.Namespace:
     add("--log-every", type=int, default=50, help="steps between rows of the log")
     add("--sample-every", type=int, help="steps between pictures, 0: never; default: a tenth of "
         "the run, at least 1,000 and at most 5,000")
-    add("--save-every", type=int, help="steps between checkpoints, 0: at both ends; likewise")
+    add("--save-every", type=int,
+        help="steps between checkpoints, 0: at both ends; default: as for pictures")
     group = parser.add_argument_group("fields of sid2.Config; default: the preset's")
     # the comment beside each field of sid2.Config is the help of its flag
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(sid2.Config), re.M))
