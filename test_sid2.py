@@ -1158,8 +1158,8 @@ def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path, monkeypatch):
 
 def test_a_folder_has_one_writer_at_a_time(tmp_path, finished):
     """Else lone processes, as srun starts them, would overwrite each other. Kill ends the lock."""
-    holder = launch("-c", f"import pathlib, train; train.lock(pathlib.Path({str(tmp_path)!r})); "
-                    "print('locked', flush=True); input()")
+    code = f"import pathlib, time, train; train.lock(pathlib.Path({str(tmp_path)!r}))"
+    holder = launch("-c", f"{code}; print('locked', flush=True); time.sleep(300)")
     try:
         assert holder[0].stdout.readline() == "locked\n"
         for result in (run(train, "--out", tmp_path, *flags_of(TINY)),
